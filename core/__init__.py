@@ -1,0 +1,1 @@
+"""What both sides share: formats, digests, signatures, durable files, the error tree and the plain nouns."""

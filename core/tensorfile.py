@@ -1,0 +1,186 @@
+"""`.safetensors` files: read without trusting or loading them, written so that equal content is equal bytes.
+
+On reading, the safetensors library checks the header (offsets, overlaps, total length). Tensors are then viewed through
+one memory map, so that opening a file costs no memory; numpy has no bfloat16, which the library therefore cannot
+hand out and we widen to float32 ourselves. The library's writer puts metadata into random order: a checkpoint
+packed twice would have two digests and be folded twice. So we write the header ourselves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from foldd.core.errors import BadCheckpoint
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_GLANCE_BYTES = 1024 * 1024
+MAX_DIMENSIONS = 32
+MAX_TENSORS = 20_000
+
+_NUMPY = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an open file; nothing is read before it is asked for."""
+
+    name: str
+    dtype: str  # as safetensors spells it: F32, BF16, I64, …
+    shape: tuple[int, ...]
+    _raw: np.ndarray  # uint8 view of the map
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in _FLOATS
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def stored(self) -> np.ndarray:
+        """The values as stored (bfloat16 as its uint16 bit pattern): a view, no copy."""
+        kind = np.dtype(np.uint16 if self.dtype == "BF16" else _NUMPY[self.dtype]).newbyteorder("<")
+        return self._raw.view(kind).reshape(self.shape)
+
+    def float32(self) -> np.ndarray:
+        """The values as a fresh float32 array of `shape`."""
+        return np.concatenate(list(self.slices()) or [np.empty(0, np.float32)]).reshape(self.shape)
+
+    def slices(self, step: int = 1 << 20) -> Iterator[np.ndarray]:
+        """The values in order as flat float32 pieces of at most `step` elements."""
+        flat = self.stored().reshape(-1)
+        for start in range(0, flat.size, step):
+            piece = flat[start : start + step]
+            if self.dtype == "BF16":
+                yield (piece.astype(np.uint32) << 16).view(np.float32)
+            else:
+                # A float64 beyond float32's range becomes inf, which verification then names.
+                with np.errstate(over="ignore"):
+                    yield piece.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open `.safetensors` file: name → tensor, and the string metadata of its header."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def header_length(path: Path) -> int | None:
+    """The length in bytes that a file's own header promises.
+
+    None where there is no readable header (yet), or one over `MAX_GLANCE_BYTES`: this only glances at a file that may
+    be hostile or half-written, from a process that must stay small; `open_tensors` judges it.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            prefix = file.read(8)
+            size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= size <= MAX_GLANCE_BYTES:
+                return None
+            header = json.loads(file.read(size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except Exception:  # noqa: BLE001 - whatever a stranger wrote into it
+        return None
+    return 8 + size + max(ends, default=0) if all(type(end) is int for end in ends) else None
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Opens a file for reading.
+
+    Raises:
+        BadCheckpoint: `not-safetensors`, `truncated`, `header-too-large`, `too-many-tensors`, `unknown-dtype`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+    if len(prefix) == 8 and prefix != b"\0" * 8:
+        header = struct.unpack("<Q", prefix)[0]
+        if MAX_HEADER_BYTES < header < size:
+            raise BadCheckpoint(
+                "header-too-large",
+                f"{path.name}: its header is {header} bytes long, the limit is {MAX_HEADER_BYTES}.",
+                remedy="Put large data into tensors, not into the metadata.",
+            )
+    promised = header_length(path)
+    if promised is not None and size < promised:
+        raise BadCheckpoint(
+            "truncated",
+            f"{path.name} is {size} bytes long, its header promises {promised}.",
+            why="the copy was interrupted, or its writer is gone.",
+            remedy="Drop the file again; write it elsewhere and move it in, so that it appears whole.",
+        )
+    try:
+        with safe_open(str(path), framework="np") as opened:
+            metadata = dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(
+            "not-safetensors",
+            f"{path.name} is not a valid .safetensors file: {error}.",
+            why="another kind of file, a pickle (.pt, .bin), or a damaged copy.",
+            remedy="Save the checkpoint with safetensors; foldd never unpickles anything that arrives.",
+        ) from error
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if len(entries) > MAX_TENSORS:
+        raise BadCheckpoint(
+            "too-many-tensors", f"{path.name} holds {len(entries)} tensors, the limit is {MAX_TENSORS}."
+        )
+    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    tensors = {}
+    for name in sorted(entries, key=str.encode):
+        entry = entries[name]
+        dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+        if dtype not in _NUMPY and dtype != "BF16":
+            raise BadCheckpoint(
+                "unknown-dtype",
+                f"{path.name}: tensor {name!r} has type {dtype}.",
+                remedy=f"Store it as one of {', '.join(sorted({*_NUMPY, 'BF16'}))}.",
+            )
+        shape = tuple(entry["shape"])
+        # Zero-size tensors may have any other dimensions, and numpy refuses to view the largest ones.
+        if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > 2**62:
+            raise BadCheckpoint("bad-shape", f"{path.name}: tensor {name!r} has shape {str(list(shape))[:100]}.")
+        raw = np.asarray(data[8 + length + begin : 8 + length + end])
+        tensors[name] = StoredTensor(name, dtype, shape, raw)
+    return TensorFile(path, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a file whose bytes depend on nothing but the content; wide types first, so that all are aligned.
+
+    Not durable by itself: call it inside `files.build_file`.
+    """
+    spelling = {np.dtype(kind): name for name, kind in _NUMPY.items()}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name.encode()))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in names:
+        array = tensors[name]
+        end = offset + array.nbytes
+        header[name] = {"dtype": spelling[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            array = np.ascontiguousarray(tensors[name])
+            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
