@@ -1,0 +1,84 @@
+"""Folding BatchNorm into the convolution before it, as a pure function of the weights.
+
+In evaluation y = γ·(conv(x) − μ)/√(σ² + ε) + β is one convolution with weight W·γ/√(σ² + ε) and
+bias (b − μ)·γ/√(σ² + ε) + β. Where it can be done is read from the graph once; it is then applied to the weights
+of every generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+from torch.fx import GraphModule, Node
+
+_FOLDABLE = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
+
+
+class FoldedNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One convolution and the BatchNorm that it swallows, by tensor name."""
+
+    weight: str
+    bias: str | None  # of the convolution before folding
+    scale: str | None  # γ
+    shift: str | None  # β
+    mean: str
+    variance: str
+    epsilon: float
+    folded_bias: str  # name of the bias afterwards
+
+
+def find_norms(module: GraphModule) -> list[tuple[FoldedNorm, Node, Node]]:
+    """Every (rule, convolution node, BatchNorm node) that can be folded."""
+    found = []
+    state = set(module.state_dict(keep_vars=True))
+    for norm in module.graph.nodes:
+        if norm.op != "call_function" or not str(norm.target).startswith("aten.batch_norm"):
+            continue
+        conv = norm.args[0]
+        if not isinstance(conv, Node) or not str(conv.target).startswith(_FOLDABLE) or len(conv.users) != 1:
+            continue
+        weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+        tensors = [weight, bias, *norm.args[1:5]]
+        # A weight that a second layer shares cannot take up one layer's statistics.
+        if any(t is not None and (t.op != "get_attr" or len(t.users) != 1) for t in tensors):
+            continue
+        names = [None if t is None else str(t.target) for t in tensors]
+        assert names[0] is not None
+        assert names[4] is not None
+        assert names[5] is not None
+        owner = names[0].removesuffix(".weight")
+        folded = names[1] or f"{owner}.bias"
+        if names[1] is None and folded in state:
+            continue
+        rule = FoldedNorm(names[0], names[1], names[2], names[3], names[4], names[5], float(norm.args[7]), folded)
+        found.append((rule, conv, norm))
+    return found
+
+
+def fold_norms(weights: Mapping[str, np.ndarray], rules: tuple[FoldedNorm, ...]) -> dict[str, np.ndarray]:
+    """Weights of the network without the folded BatchNorms.
+
+    Args:
+        weights: canonical name → float32 array.
+
+    Returns:
+        name → float32 array; computed in float64, rounded once. Arrays that no rule touches are passed on.
+    """
+    result = dict(weights)
+    for rule in rules:
+        variance = result.pop(rule.variance).astype(np.float64)
+        mean = result.pop(rule.mean).astype(np.float64)
+        factor = 1.0 / np.sqrt(variance + rule.epsilon)
+        if rule.scale is not None:
+            factor = factor * result.pop(rule.scale)
+        bias = -mean if rule.bias is None else result.pop(rule.bias) - mean
+        bias = bias * factor
+        if rule.shift is not None:
+            bias = bias + result.pop(rule.shift)
+        weight = result[rule.weight]
+        shaped = factor.reshape(-1, *[1] * (weight.ndim - 1))
+        result[rule.weight] = (weight * shaped).astype(np.float32)
+        result[rule.folded_bias] = bias.astype(np.float32)
+    return result

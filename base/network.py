@@ -1,0 +1,32 @@
+"""The base network as the methods see it: canonical weights and a pure feature function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foldd.core.base_spec import BaseSpec
+from foldd.core.roles import Role
+
+FeatureFunction = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen pre-trained network θ⁰.
+
+    Attributes:
+        spec: names, shapes, roles and digest of the tensors.
+        weights: canonical name → float32 tensor, statistics included; counters and the head are left out.
+        features: (weights, inputs [n, *input_shape]) → features [n, width], a pure function that is
+            differentiable in the weights. `weights` must have the keys of `Base.weights`.
+    """
+
+    spec: BaseSpec
+    weights: dict[str, Tensor]
+    features: FeatureFunction
+
+    def role(self, name: str) -> Role:
+        return self.spec.tensors[name].role
