@@ -1,0 +1,141 @@
+"""All that the next fold needs: the merged task vector, heads, the previous task's calibration set, a count.
+
+Its size does not grow with the number of tasks but for the heads, which every method must keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foldd.base.network import Base
+from foldd.core.errors import BadSetup
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTensors:
+    """A task's linear classifier on the features: weight [classes, features], bias [classes], float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [n, features] → logits [n, classes]."""
+        return features @ self.weight.to(features.dtype).T + self.bias.to(features.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeState:
+    """The merge so far. Tensors are never changed in place: a fold returns a new state.
+
+    Attributes:
+        base: θ⁰; not serialised, its digest is.
+        merged: merged task vector θ_merged − θ⁰: the names of `base.weights`, statistics included, float32.
+        statistics: the method's own tensors, of constant size; may be empty.
+        heads: task → head, in name order.
+        calibration: the last folded task's calibration inputs [n, *input_shape]; None where it had none.
+        previous: the task that was folded last.
+        count: folds so far.
+    """
+
+    base: Base
+    merged: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, HeadTensors] = field(default_factory=dict)
+    calibration: Tensor | None = None
+    previous: str | None = None
+    count: int = 0
+
+
+def empty_state(base: Base) -> MergeState:
+    """The state before the first fold: θ⁰ itself."""
+    return MergeState(base, {name: torch.zeros_like(weight) for name, weight in base.weights.items()})
+
+
+def merged_weights(state: MergeState) -> dict[str, Tensor]:
+    """θ⁰ + merged task vector, fresh float32 tensors, statistics included."""
+    return {name: weight + state.merged[name] for name, weight in state.base.weights.items()}
+
+
+def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The state as arrays and string metadata for one `.safetensors` file; fresh, contiguous copies.
+
+    Names: `merged/<name>`, `statistics/<name>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`.
+    """
+    tensors = {f"merged/{name}": tensor for name, tensor in state.merged.items()}
+    tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+    for task, head in state.heads.items():
+        tensors |= {f"heads/{task}/weight": head.weight, f"heads/{task}/bias": head.bias}
+    if state.calibration is not None:
+        tensors["calibration/inputs"] = state.calibration
+    metadata = {"count": str(state.count), "base": state.base.spec.digest}
+    if state.previous is not None:
+        metadata["previous"] = state.previous
+    return {name: np.array(tensor.detach().numpy(), order="C", copy=True) for name, tensor in tensors.items()}, metadata
+
+
+def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> MergeState:
+    """Reads what `pack` wrote, bit for bit.
+
+    Raises:
+        BadSetup: `broken-state` where tensors are missing or misshapen, `wrong-base` where it belongs to another θ⁰.
+    """
+    if metadata.get("base") != base.spec.digest:
+        raise BadSetup(
+            "wrong-base",
+            f"The merge state belongs to base {metadata.get('base', '(none)')[:16]}…, "
+            f"this base is {base.spec.digest[:16]}….",
+            why="the base was replaced under an existing state directory.",
+            remedy="Put the old base back, or start a fresh state directory.",
+        )
+    groups: dict[str, dict[str, Tensor]] = {"merged": {}, "statistics": {}, "heads": {}, "calibration": {}}
+    for name in sorted(tensors, key=str.encode):
+        group, _, rest = name.partition("/")
+        if group not in groups:
+            raise _broken(f"it has a tensor {name!r} that no state has")
+        groups[group][rest] = as_tensor(tensors[name])
+    merged = groups["merged"]
+    if merged.keys() != base.weights.keys():
+        raise _broken(f"its names differ from the base's in {sorted(merged.keys() ^ base.weights.keys())[:3]}")
+    if bad := [name for name, tensor in merged.items() if tensor.shape != base.weights[name].shape]:
+        raise _broken(f"{bad[0]} is {list(merged[bad[0]].shape)}, the base's is {list(base.weights[bad[0]].shape)}")
+    heads = groups["heads"]
+    tasks = sorted({name.rpartition("/")[0] for name in heads}, key=str.encode)
+    if missing := [f"{task}/{part}" for task in tasks for part in ("weight", "bias") if f"{task}/{part}" not in heads]:
+        raise _broken(f"it lacks heads/{missing[0]}")
+    count = metadata.get("count", "")
+    if not (count.isascii() and count.isdigit()):
+        raise _broken(f"its count is {count!r}")
+    return MergeState(
+        base=base,
+        merged={name: merged[name] for name in base.weights},  # order is part of the state: sums follow it
+        statistics=groups["statistics"],
+        heads={task: HeadTensors(heads[f"{task}/weight"], heads[f"{task}/bias"]) for task in tasks},
+        calibration=groups["calibration"].get("inputs"),
+        previous=metadata.get("previous"),
+        count=int(count),
+    )
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A fresh tensor with the array's values.
+
+    It is allocated by torch, whose buffers are all aligned alike: kernels may sum an oddly aligned one in another
+    order, and then a replayed fold would differ in its last bits.
+    """
+    tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
+    tensor.numpy()[...] = array
+    return tensor
+
+
+def _broken(what: str) -> BadSetup:
+    return BadSetup(
+        "broken-state",
+        f"The merge state cannot be read: {what}.",
+        why="the file was edited, damaged, or written by another version of foldd.",
+        remedy="Restore the state directory from a backup, or start a fresh one and drop the checkpoints again.",
+    )
