@@ -1,0 +1,1 @@
+"""Skeleton + weights + heads → artifact, and its parity with torch."""
