@@ -1,0 +1,1 @@
+"""The service: configuration, intake, ledger, worker, supervisor, bus, command line."""

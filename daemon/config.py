@@ -1,0 +1,167 @@
+"""Reading `config.toml` into `Settings`; an error names the file, the line, the key and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from foldd.core.errors import BadConfig
+from foldd.daemon.settings import Settings
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$(?P<path>.*)`)?")
+_WRONG = re.compile(r"(?P<what>.*?) - at `\$(?P<path>.*)`", re.DOTALL)
+_HEADER = re.compile(r"\s*\[\[?\s*(?P<name>[^\]]+?)\s*\]\]?")
+_KEY = re.compile(r"\s*(?P<key>[A-Za-z0-9_.\"'-]+)\s*=")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration with the place that it came from."""
+
+    settings: Settings
+    path: Path  # of the file; relative paths in it are relative to its folder
+
+    @property
+    def root(self) -> Path:
+        """The state directory."""
+        return self.resolve(self.settings.state.directory)
+
+    def resolve(self, path: str) -> Path:
+        return (self.path.parent / Path(path).expanduser()).resolve()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the settings that decide what a fold computes and whether it is published."""
+        decisive = {"fold": self.settings.fold, "gate": self.settings.gate}
+        return hashlib.sha256(msgspec.json.encode(decisive, order="sorted")).hexdigest()
+
+
+def load_config(path: Path) -> Config:
+    """Reads and checks a configuration file.
+
+    Raises:
+        BadConfig: with file, line and key in `what`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise BadConfig(
+            "no-config", f"{path} cannot be read: {error.strerror}.", remedy="Name the file with --config FILE."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig("bad-toml", f"{path} is not valid TOML: {error}.") from error
+    try:
+        settings = msgspec.convert(values, Settings, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), path, text) from error
+    config = Config(settings, path.resolve())
+    _check_paths(config, text)
+    return config
+
+
+def _explain(message: str, path: Path, text: str) -> BadConfig:
+    if match := _UNKNOWN.fullmatch(message):
+        table = _keys(match["path"])
+        key = [*table, match["key"]]
+        valid = _fields(table)
+        near = difflib.get_close_matches(match["key"], valid, n=1, cutoff=0.5)
+        elsewhere = [".".join(place) for place in _all_keys() if place[-1] == match["key"]]
+        if near:
+            remedy = f"Did you mean {near[0]!r}?"
+        elif elsewhere:
+            remedy = f"There is a key {elsewhere[0]!r}: it stands in another table."
+        else:
+            remedy = f"Valid here: {', '.join(valid)}."
+        return BadConfig(
+            "unknown-key", f"{path}, line {_line(text, key)}: there is no key {'.'.join(key)!r}.", remedy=remedy
+        )
+    match = _WRONG.fullmatch(message)
+    key = _keys(match["path"]) if match else []
+    what = (match["what"] if match else message).replace("`", "")
+    choices = _choices(key)
+    if given := re.fullmatch(r"Invalid enum value '(.*)'", what):
+        near = difflib.get_close_matches(given[1], choices, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        what = f"{given[1]!r} is none of its values"
+        remedy = f"{hint}Valid: {', '.join(choices)}."
+    else:
+        remedy = "The commented config.toml that comes with foldd shows every key with its default."
+    return BadConfig("wrong-value", f"{path}, line {_line(text, key)}: {'.'.join(key)}: {what}.", remedy=remedy)
+
+
+def _choices(key: list[str]) -> list[str]:
+    """The values of a key that takes one of a few words; empty for all others."""
+    if not key or key[-1] not in _fields(key[:-1]):
+        return []
+    kind = _type_of(key)
+    return [str(value) for value in getattr(kind, "__args__", ()) if isinstance(value, str)]
+
+
+def _keys(path: str | None) -> list[str]:
+    """`.intake.settle_seconds[0]` → ["intake", "settle_seconds"]"""
+    return [re.sub(r"\[.*?\]", "", part) for part in (path or "").split(".") if part]
+
+
+def _line(text: str, key: list[str]) -> int:
+    """The line of a key, or of the closest table around it; tomllib does not tell."""
+    best, section = 1, []
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            section = [part.strip("\"' ") for part in header["name"].split(".")]
+            if section == key[: len(section)]:
+                best = number
+        elif match := _KEY.match(line):
+            place = [*section, *(part.strip("\"'") for part in match["key"].split("."))]
+            if place == key:
+                return number
+            if place == key[: len(place)]:  # a key inside an inline table
+                best = number
+    return best
+
+
+def _fields(table: list[str]) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(_struct_in(_type_of(table)))]
+
+
+def _type_of(key: list[str]) -> Any:
+    kind: Any = Settings
+    for name in key:
+        kind = next(f.type for f in msgspec.structs.fields(_struct_in(kind)) if f.encode_name == name)
+    return kind
+
+
+def _struct_in(kind: Any) -> Any:
+    """The table type inside `tuple[Table, ...]`, or the type itself."""
+    arguments = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, msgspec.Struct)]
+    return arguments[0] if arguments else kind
+
+
+def _all_keys(kind: Any = Settings, place: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
+    for field in msgspec.structs.fields(kind):
+        here = (*place, field.encode_name)
+        yield here
+        inner = _struct_in(field.type)
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            yield from _all_keys(inner, here)
+
+
+def _check_paths(config: Config, text: str) -> None:
+    """Files and folders that the daemon needs must be there before it starts, not when they are first used."""
+    bus = config.settings.bus
+    needed = [(["bus", name], getattr(bus, name)) for name in ("identity", "submitters", "devices")]
+    for key, value in needed:
+        if value and not config.resolve(value).exists():
+            raise BadConfig(
+                "missing-path",
+                f"{config.path}, line {_line(text, key)}: {'.'.join(key)}: there is no {config.resolve(value)}.",
+                remedy="Make keys with `foldd keygen`, and folders with mkdir; paths are relative to the file.",
+            )

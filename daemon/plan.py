@@ -1,0 +1,39 @@
+"""Fixing what decides a fold's bytes, before the work: method, options, seed, threads, limits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from foldd.daemon.jobs import Plan
+from foldd.daemon.settings import METHOD_TABLES, Fold, Gate
+
+
+def make_plan(fold: Fold, gate: Gate, config_digest: str) -> dict[str, Any]:
+    """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here."""
+    plan = Plan(
+        method=fold.method,
+        options=_options(fold, fold.method),
+        data_free_method=fold.data_free_method,
+        data_free_options=_options(fold, fold.data_free_method),
+        seed=fold.seed,
+        threads=fold.threads or len(os.sched_getaffinity(0)),
+        parity=gate.parity,
+        agreement=gate.agreement,
+        config_digest=config_digest,
+    )
+    result: dict[str, Any] = msgspec.to_builtins(plan)
+    return result
+
+
+def stored_plan(plan: dict[str, Any] | None) -> Plan:
+    """A plan out of the ledger."""
+    return msgspec.convert(plan, Plan)
+
+
+def _options(fold: Fold, method: str) -> dict[str, Any]:
+    fields = {table: name for name, table in METHOD_TABLES.items()}
+    table = getattr(fold, fields.get(method, method), None)
+    return {} if table is None else msgspec.structs.asdict(table)

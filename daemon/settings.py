@@ -1,0 +1,115 @@
+"""The typed configuration: what `config.toml` may say, with defaults, units and limits.
+
+`config.toml` in the repository is the commented reference; a test holds it against these defaults. Seconds and
+bytes stand in the key names. Paths are relative to the configuration file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from foldd.core.bundle import MAX_BUNDLE_BYTES
+from foldd.daemon.bus.settings import BusSettings
+
+Seconds = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Rate = Annotated[float, Meta(gt=0)]
+# A method's table is called as the method is, with a hyphen that no field name can have.
+METHOD_TABLES = {"otmf_paper": "otmf-paper", "task_arithmetic": "task-arithmetic"}
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    directory: str = "state"
+
+
+class BaseNetwork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Read by `foldd init` only."""
+
+    model: str = ""
+    weights: str = ""
+    input_shape: tuple[Positive, ...] = ()
+    features: str = ""
+    head: str = ""
+
+
+class TaskArithmetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    scaling: Rate = 0.3
+
+
+class OtmfPaper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As published; the names are those of foldd.fusion.otmf_paper.OtmfPaper."""
+
+    alpha: Share = 0.8
+    steps: Count = 100
+    batch: Positive = 16
+    learning_rate: Rate = 0.01
+    blur: Rate = 0.05
+
+
+class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What foldd ships; the names are those of foldd.fusion.otmf.Otmf."""
+
+    steps: Count = 80
+    learning_rate: Rate = 0.06
+    batch: Positive = 16
+    older: Annotated[float, Meta(ge=0)] = 1.0
+    transport: Annotated[float, Meta(ge=0)] = 1.0
+    blur: Rate = 0.05
+
+
+class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHOD_TABLES):
+    method: Literal["otmf", "otmf-paper", "average", "task-arithmetic"] = "otmf"
+    data_free_method: Literal["average", "task-arithmetic"] = "average"
+    seed: Count = 0
+    threads: Count = 0
+    otmf: Otmf = Otmf()
+    otmf_paper: OtmfPaper = OtmfPaper()
+    task_arithmetic: TaskArithmetic = TaskArithmetic()
+
+
+class Intake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    settle_seconds: Seconds = 2.0
+    rescan_seconds: Annotated[float, Meta(ge=0.1)] = 30.0
+    incomplete_seconds: Seconds = 300.0
+    max_bundle_bytes: Annotated[int, Meta(ge=1, le=MAX_BUNDLE_BYTES)] = MAX_BUNDLE_BYTES
+    watch: bool = True
+
+
+class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    attempts: Positive = 3
+    memory_bytes: Count = 0
+    fold_seconds: Seconds = 3600.0
+    stall_seconds: Seconds = 600.0
+
+
+class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    parity: Rate = 1e-4
+    agreement: Share = 0.0
+
+
+class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    generations: Annotated[int, Meta(ge=2)] = 3
+    quarantine_bytes: Count = 2 * MAX_BUNDLE_BYTES
+
+
+class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All of `config.toml`."""
+
+    state: State = State()
+    base: BaseNetwork = BaseNetwork()
+    fold: Fold = Fold()
+    intake: Intake = Intake()
+    worker: Worker = Worker()
+    gate: Gate = Gate()
+    retention: Retention = Retention()
+    bus: BusSettings = BusSettings()
+    log: Log = Log()

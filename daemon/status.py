@@ -1,0 +1,77 @@
+"""What `foldd status` and `foldd history` tell, read beside the daemon or without one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from foldd.core.manifest import read_manifest
+from foldd.daemon.config import Config
+from foldd.daemon.layout import Layout
+from foldd.daemon.ledger import GenerationRow, Ledger
+from foldd.daemon.lock import holder
+from foldd.daemon.memory import rss_bytes
+
+
+def status(config: Config) -> dict[str, Any]:
+    """How things stand; `rss_bytes` is the supervisor's.
+
+    `state`: `idle`, `folding`, `waiting` (to try again after `last_error`) or `stopped`.
+
+    Raises:
+        BadSetup: `not-initialised`.
+    """
+    layout = Layout(config.root)
+    ledger = Ledger(layout.ledger, read_only=True)
+    try:
+        current = ledger.current()
+        pid = holder(layout.lock)
+        live = _live(layout) if pid else {}
+        queue = len(ledger.arrivals("queued", "folding"))
+        quarantined = sum(1 for _ in layout.quarantine.iterdir()) if layout.quarantine.is_dir() else 0
+        tasks = list(read_manifest(current.manifest).manifest.tasks) if current else []
+        return {
+            "state": live.get("state", "idle") if pid else "stopped",
+            "generation": current.generation if current else None,
+            "tasks": tasks,
+            "queue_depth": queue,
+            "folding": live.get("folding"),
+            "quarantined": quarantined,
+            "last_error": live.get("last_error"),
+            "pid": pid,
+            "rss_bytes": rss_bytes(pid) if pid else None,
+            "config_digest": config.digest,
+            "state_directory": str(layout.root),
+        }
+    finally:
+        ledger.close()
+
+
+def history(config: Config) -> list[dict[str, Any]]:
+    """Every generation, oldest first.
+
+    Raises:
+        BadSetup: `not-initialised`.
+    """
+    ledger = Ledger(Layout(config.root).ledger, read_only=True)
+    try:
+        return [_entry(row) for row in ledger.generations()]
+    finally:
+        ledger.close()
+
+
+def _entry(row: GenerationRow) -> dict[str, Any]:
+    return {
+        "generation": row.generation, "parent": row.parent, "task": row.task, "method": row.method,
+        "checkpoint_sha256": row.checkpoint_sha256, "artifact_sha256": row.artifact_sha256,
+        "state_sha256": row.state_sha256, "config_digest": row.config_digest, "scores": row.scores,
+        "seconds": row.seconds, "peak_rss_bytes": row.peak_rss_bytes, "created": row.created,
+    }  # fmt: skip
+
+
+def _live(layout: Layout) -> dict[str, Any]:
+    try:
+        live = json.loads(layout.live.read_text())
+    except (OSError, ValueError):
+        return {}
+    return live if isinstance(live, dict) else {}
