@@ -1,0 +1,1 @@
+"""On the device: artifact store, session, slot, subscriber, small server. Never torch."""
