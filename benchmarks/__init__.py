@@ -1,0 +1,1 @@
+"""What is measured. Each module runs alone, prints a table, and writes JSON with --json."""
