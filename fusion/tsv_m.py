@@ -1,0 +1,107 @@
+"""`tsv-m`: singular vectors of the tasks made orthogonal to each other (TSV-M, arXiv 2412.00081), as a fold of two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foldd.base.network import Base
+from foldd.core.bundle import Checkpoint
+from foldd.core.roles import Role
+from foldd.fusion.matrices import as_matrix, is_factored, polar_factor, svd
+from foldd.fusion.method import FoldReport, Progress, finish, silent
+from foldd.fusion.state import MergeState, empty_state
+from foldd.fusion.statistics import merge_statistics
+from foldd.fusion.task_vector import task_vector
+
+
+@dataclass(frozen=True)
+class TsvM:
+    """merged ← alpha · TSV-M(merged / alpha, τ): an adaptation; the published method needs all task vectors at once.
+
+    TSV-M sums the tasks' leading directions, so the merged vector, a sum already, and the incoming one go in at full
+    weight. Of two tasks this is the published result to rounding. Of more, the rank of the merged vector is cut again
+    with every fold, and old tasks lose their weaker directions. The published scaling applies to the whole sum, so it
+    is taken out before a fold (after the first there is none) and put in again after it.
+
+    Matrices and convolutions (published: every two-dimensional tensor) are merged so; the rest, and matrices of a
+    single row or column, which have no rank to share, are the mean by count. BatchNorm statistics are merged as
+    moments.
+
+    Attributes:
+        alpha: factor of the merged vector from the second task on; above 0.
+        by_count: each task gets the same share of the rank, as it would in the joint method, so t/(t+1) for the merged
+            vector of t tasks; otherwise the merged vector and the incoming one get half each.
+    """
+
+    name: ClassVar[str] = "tsv-m"
+    needs_calibration: ClassVar[bool] = False
+
+    alpha: float = 1.0
+    by_count: bool = False
+
+    def init(self, base: Base) -> MergeState:
+        return empty_state(base)
+
+    def fold(
+        self, state: MergeState, checkpoint: Checkpoint, *, seed: int, progress: Progress = silent
+    ) -> tuple[MergeState, FoldReport]:
+        """Folds one checkpoint in; the seed is not used.
+
+        Held at a time beside θ⁰ and the state: the incoming vector, the new merged one, and a few float64 matrices of
+        one tensor's size.
+
+        Raises:
+            BadCheckpoint: `missing-tensors` where it lacks tensors of the base.
+        """
+        progress(0.0)
+        base, count = state.base, state.count
+        vector = task_vector(base, checkpoint)
+        merged = vector
+        if count:
+            merged = {}
+            scaled = self.alpha if count > 1 else 1.0
+            for done, (name, old) in enumerate(state.merged.items(), start=1):
+                if base.role(name) is not Role.STATISTIC:
+                    merged[name] = self._merge(is_factored(base, name), old / scaled, vector[name], count)
+                    merged[name].mul_(self.alpha)
+                progress(done / (len(base.weights) + 1))
+            merged |= merge_statistics(base, state.merged, vector, count)
+        progress(1.0)
+        return finish(self.name, state, checkpoint, vector, merged)
+
+    def _merge(self, factored: bool, old: Tensor, new: Tensor, count: int) -> Tensor:
+        """One tensor of `count` tasks and of one more; a fresh tensor."""
+        rank = min(as_matrix(new).shape)
+        if not factored or rank < 2:
+            return old + (new - old) / (count + 1)
+        incoming = max(1, rank // (count + 1)) if self.by_count else rank // 2
+        ranks = (min(count * incoming, rank - incoming) if self.by_count else incoming, incoming)
+        return tsv_merge([as_matrix(old), as_matrix(new)], ranks).view(new.shape)
+
+
+def tsv_merge(vectors: Sequence[Tensor], ranks: Sequence[int] | None = None) -> Tensor:
+    """The published merge of one matrix [m, n] of N tasks → [m, n], in the type of the first.
+
+    Of each task the leading `ranks` singular triples, ⌊min(m, n)/N⌋ where None, are put side by side: u [m, r],
+    s [r], v [n, r]. With the polar factors of u and v in their places, the result is u·diag(s)·vᵀ, a sum over tasks.
+    A task of lower rank brings no more triples than it has; the published code fills up with arbitrary vectors.
+    Without a single triple to share (more tasks than rows or columns) it is the mean.
+    """
+    rows, columns = vectors[0].shape
+    if ranks is None:
+        ranks = [min(rows, columns) // len(vectors)] * len(vectors)
+    if not any(ranks):
+        return torch.stack(list(vectors)).mean(0)
+    us, ss, vs = [], [], []
+    for vector, rank in zip(vectors, ranks, strict=True):
+        u, s, v = svd(vector)
+        us.append(u[:, :rank])
+        ss.append(s[:rank])
+        vs.append(v[:, :rank])
+    left, right = polar_factor(torch.cat(us, 1)), polar_factor(torch.cat(vs, 1))
+    return (left * torch.cat(ss) @ right.T).to(vectors[0].dtype)
