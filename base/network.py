@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foldd.base.walk import Walker
 from foldd.core.base_spec import BaseSpec
 from foldd.core.roles import Role
 
@@ -22,11 +23,13 @@ class Base:
         weights: canonical name → float32 tensor, statistics included; counters and the head are left out.
         features: (weights, inputs [n, *input_shape]) → features [n, width], a pure function that is
             differentiable in the weights. `weights` must have the keys of `Base.weights`.
+        walker: the same network, layer by layer, for methods that look inside.
     """
 
     spec: BaseSpec
     weights: dict[str, Tensor]
     features: FeatureFunction
+    walker: Walker
 
     def role(self, name: str) -> Role:
         return self.spec.tensors[name].role

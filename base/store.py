@@ -22,10 +22,12 @@ from torch.fx import GraphModule
 
 from foldd.base.batch_norm import FoldedNorm
 from foldd.base.features import cut_at_features
+from foldd.base.layers import find_layers
 from foldd.base.load import input_shape_of
-from foldd.base.network import Base
+from foldd.base.network import Base, FeatureFunction
 from foldd.base.roles import read_roles
 from foldd.base.skeleton import export_skeleton
+from foldd.base.walk import Walker
 from foldd.core.base_spec import BaseSpec, TensorSpec, read_base_spec
 from foldd.core.digests import base_digest
 from foldd.core.errors import BadSetup
@@ -71,20 +73,21 @@ def open_base(directory: Path) -> Base:
             why="a damaged disk, or files of two state directories mixed.",
             remedy="Run `foldd init` into a fresh state directory.",
         )
-    program = torch.export.load(directory / "program.pt2")
-    return Base(spec, weights, feature_function(program))
+    features, walker = network_of(torch.export.load(directory / "program.pt2"))
+    return Base(spec, weights, features, walker)
 
 
-def feature_function(program: ExportedProgram):  # type: ignore[no-untyped-def]
-    """(weights, inputs [n, …]) → features [n, width]; the program's own weights are never touched."""
+def network_of(program: ExportedProgram) -> tuple[FeatureFunction, Walker]:
+    """A captured feature network as a whole and layer by layer; the program's own weights are never touched."""
     module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
 
     def features(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         # functional_call, because the module shares its storage with the program: loading would change both.
         result: Tensor = functional_call(module, dict(weights), (inputs,))
         return result
 
-    return features
+    return features, Walker(module, find_layers(module))
 
 
 def open_skeleton(directory: Path) -> tuple[Path, tuple[FoldedNorm, ...]]:

@@ -78,7 +78,7 @@ def main() -> int:
             for method, scores in plain.items():
                 rows.append(_row(name, method, tasks, scores, plain))
             for method in arguments.methods.split(","):
-                box = Box(root / method, root / "base", fold={"method": method, "otmf": {}, "threads": 2})
+                box = Box(root / method, root / "base", fold={"method": method, "threads": 2})
                 table = _folded(box, data / name, tasks, test)
                 history = box.history()
                 final, own = table[-1], [table[i][i] for i in range(len(tasks))]

@@ -29,7 +29,7 @@ def main() -> int:
 
     started, trials = now(), 10 if arguments.quick else arguments.trials
     # Folds of a second or so, so that kills fall into every stage and not only between them.
-    tables = {"worker": {"attempts": 1000}, "fold": {"threads": 1, "otmf": {"steps": 60}}}
+    tables = {"worker": {"attempts": 1000}, "fold": {"threads": 1, "method": "otmf-paper", "otmf-paper": {"steps": 60}}}
     counts = {"supervisor": 0, "worker": 0}
     lost = doubled = 0
     violations: list[str] = []

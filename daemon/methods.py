@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from foldd.fusion.average import Average
+from foldd.fusion.magmax import MagMax
 from foldd.fusion.method import FoldMethod
+from foldd.fusion.nufilt import Nufilt
+from foldd.fusion.opcm import Opcm
 from foldd.fusion.otmf import Otmf
 from foldd.fusion.otmf_paper import OtmfPaper
 from foldd.fusion.task_arithmetic import TaskArithmetic
+from foldd.fusion.ties import Ties
+from foldd.fusion.tsv_m import TsvM
 
-METHODS: dict[str, type[Any]] = {m.name: m for m in (Average, TaskArithmetic, OtmfPaper, Otmf)}
+METHODS: dict[str, type[Any]] = {
+    method.name: method for method in (Average, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, TaskArithmetic, Ties, TsvM)
+}
 
 
 def make_method(name: str, options: dict[str, Any]) -> FoldMethod:

@@ -19,8 +19,9 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Rate = Annotated[float, Meta(gt=0)]
+Weight = Annotated[float, Meta(ge=0)]
 # A method's table is called as the method is, with a hyphen that no field name can have.
-METHOD_TABLES = {"otmf_paper": "otmf-paper", "task_arithmetic": "task-arithmetic"}
+METHOD_TABLES = {"otmf_paper": "otmf-paper", "task_arithmetic": "task-arithmetic", "tsv_m": "tsv-m"}
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,22 +55,53 @@ class OtmfPaper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What foldd ships; the names are those of foldd.fusion.otmf.Otmf."""
 
-    steps: Count = 80
-    learning_rate: Rate = 0.06
-    batch: Positive = 16
-    older: Annotated[float, Meta(ge=0)] = 1.0
-    transport: Annotated[float, Meta(ge=0)] = 1.0
-    blur: Rate = 0.05
+    incoming: Rate = 0.7
+    previous: Weight = 0.5
+    student: Share = 0.5
+    sensitivity: Share = 0.5
+    drift: Share = 0.2
+    ridge: Rate = 1e-3
+
+
+class Opcm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    alpha: Share = 0.5
+
+
+class Nufilt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rank_previous: Positive = 128
+    rank_new: Positive = 8
+    lora_rank: Positive = 64
+    steps: Count = 50
+    learning_rate: Rate = 1e-3
+
+
+class Ties(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    density: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    scaling: Rate = 0.5
+    adds: bool = True
+
+
+class TsvM(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    alpha: Rate = 1.0
+    by_count: bool = False
+
+
+DataFree = Literal["average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"]
+Method = Literal["otmf", "otmf-paper", "average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"]
 
 
 class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHOD_TABLES):
-    method: Literal["otmf", "otmf-paper", "average", "task-arithmetic"] = "otmf"
-    data_free_method: Literal["average", "task-arithmetic"] = "average"
+    method: Method = "otmf"
+    data_free_method: DataFree = "average"
     seed: Count = 0
     threads: Count = 0
     otmf: Otmf = Otmf()
     otmf_paper: OtmfPaper = OtmfPaper()
+    nufilt: Nufilt = Nufilt()
+    opcm: Opcm = Opcm()
     task_arithmetic: TaskArithmetic = TaskArithmetic()
+    ties: Ties = Ties()
+    tsv_m: TsvM = TsvM()
 
 
 class Intake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

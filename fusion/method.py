@@ -31,7 +31,9 @@ class FoldReport:
         refolded: the task's name was known already: its head was replaced and it was folded once more.
         steps: optimisation steps; 0 where the fold is a formula.
         loss_first, loss_last, loss_best: of the optimisation; None where there is none.
-        agreement: what → share of calibration inputs on which the merged model decides as that teacher did.
+        agreement: task → share of calibration inputs on which the merged model decides as its teacher did.
+        transport: task → debiased Sinkhorn divergence between the merged model's and its teacher's normalised
+            features on calibration inputs: how far the features moved.
         warnings: sentences for the operator.
     """
 
@@ -47,11 +49,13 @@ class FoldReport:
     loss_last: float | None = None
     loss_best: float | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
+    transport: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "agreement": dict(self.agreement), "warnings": list(self.warnings)}
+        plain = {"agreement": dict(self.agreement), "transport": dict(self.transport)}
+        return {**asdict(self), **plain, "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Training:
     loss_last: float | None = None
     loss_best: float | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
+    transport: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -140,6 +145,7 @@ def finish(
         loss_last=training.loss_last,
         loss_best=training.loss_best,
         agreement=training.agreement,
+        transport=training.transport,
         warnings=warnings,
     )
     return new, report

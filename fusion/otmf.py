@@ -1,23 +1,27 @@
-"""`otmf`, what foldd ships: channel masks, every older head defended, optimal transport beside it. No labels.
+"""`otmf`, what foldd ships: a fold in closed form, layer by layer, that needs no labels and no old data.
 
-It keeps the paper's frame (arXiv 2511.19561, equation 4: two masked task vectors, two frozen teachers, the previous and
-the incoming task's inputs) and departs from it where validation said so; docs and `otmf-paper` have the published one.
+It keeps the frame of OTMF (arXiv 2511.19561): two task vectors, two frozen teachers, the previous and the incoming
+task's inputs, features pulled to the teachers' by transport. Two things are different, because validation said so.
 
-- A mask is the product of one value per output channel and one per input channel, not one value per element: a
-  hundredth of the memory, and better, since 128 inputs cannot tell millions of values apart.
-- No fixed α: the masks start at the best of a few constants, the full sum and the mean among them, judged by the
-  loss on the calibration inputs: no one start suits every network.
-- What the features decide is matched, not the features themselves: the Kullback-Leibler divergence from teacher to
-  student through the frozen heads. The incoming head is matched on the incoming inputs to the incoming model; every
-  older head on all inputs at hand to the merged model as it was, for old tasks have no other advocate.
-- The debiased Sinkhorn divergence on normalised features holds the shape of the feature distribution, which heads of
-  few classes leave free. On the bench it changed accuracy by less than the noise.
+- **The transport has a known plan.** The published form moves a cloud of merged features onto a teacher's cloud and
+  has to find out which point goes where. But student and teacher see the same inputs: each feature's mate is known,
+  and with the plan fixed the squared transport cost is a sum of squared distances.
+- **It is minimised at every layer, not at the end.** For one affine layer that is least squares in its weights. In
+  the place of masks that descend a loss for a hundred steps comes the minimum itself: the layer is
+  W = (W_merged·G + W_incoming·G′)·(G + G′)⁻¹, a mask on either task vector that is a whole matrix on the input side
+  instead of a number per element. G is the second moment of the layer's inputs over all folded tasks, G′ the incoming
+  task's; G is a sum, so it has constant size and no old input is kept.
+
+That is RegMean (Jin et al. 2023) made recursive, which is exact: the old tasks' normal equations are (G, W_merged·G).
+Beyond it, each kept because the validation table says so: the merge under way feeds the layers behind it, so that they
+take back what the ones before them changed; rows count by how much the heads' decisions depend on them; the previous
+task's inputs, still at hand, are seen again; and the drift of the older tasks' inputs is estimated and allowed for.
+Tensors outside affine layers (norms, embeddings) are means by count.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,41 +30,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foldd.base.network import Base
+from foldd.base.walk import Lane
 from foldd.core.bundle import Checkpoint
-from foldd.fusion.batches import batches, calibration_sets, check_finite, features_of
-from foldd.fusion.masks import MaskedMerge
+from foldd.core.roles import Role
+from foldd.fusion.batches import FORWARD_BATCH, calibration_sets, check_finite
+from foldd.fusion.gram import moment, pack_gram, unpack_gram
+from foldd.fusion.layer_fit import Sight, drift_map, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
 from foldd.fusion.task_vector import task_vector
-from foldd.fusion.transport import BLUR, sinkhorn_divergence
+from foldd.fusion.transport import sinkhorn_divergence
 
-STARTS = ((1.0, 1.0), (1.0, 0.5), (1.0, 0.25))  # constant masks (pre, post) to start from; the mean is tried as well
+MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
+_COVERED = "gram-count"  # how many tasks the moments have seen
 
 
 @dataclass(frozen=True)
 class Otmf:
-    """The settings, chosen on validation images: eight tasks, a small transformer and a small residual network.
+    """The settings, chosen on validation images: eight tasks in several orders, a small transformer first.
 
     Attributes:
-        steps, learning_rate: of Adam on the two masks of each tensor.
-        batch: inputs of the previous and of the incoming task each, per step.
-        older: weight of every older head's divergence; the incoming head's is 1. More keeps more of the old tasks and
-            takes up less of the new one: 2 instead of 1 cost 0.5 (transformer) to 2 points (residual) of accuracy and
-            gained 2 to 3 points of backward transfer.
-        transport: weight of the Sinkhorn divergence; 0 leaves it out.
-        blur: √ε of the Sinkhorn divergence, in units of normalised features.
+        incoming: weight of the incoming task's equations beside each older task's 1. Less keeps more of the old.
+        previous: extra weight of the previous task's inputs, seen again through the merge under way.
+        student: share of the merge's own inputs in the equations; the rest is the teachers' inputs.
+        sensitivity: rows count as (their squared gradient) to this power; 0: all alike.
+        drift: share of the equations of the older tasks' inputs as they probably are by now; the rest: as they were.
+        ridge: pull to the mean by count, as a share of the mean input energy, where inputs say nothing.
     """
 
     name: ClassVar[str] = "otmf"
     needs_calibration: ClassVar[bool] = True
 
-    steps: int = 80
-    learning_rate: float = 0.06
-    batch: int = 16
-    older: float = 1.0
-    transport: float = 1.0
-    blur: float = BLUR
+    incoming: float = 0.7
+    previous: float = 0.5
+    student: float = 0.5
+    sensitivity: float = 0.5
+    drift: float = 0.2
+    ridge: float = 1e-3
 
     def init(self, base: Base) -> MergeState:
         return empty_state(base)
@@ -70,126 +77,174 @@ class Otmf:
     ) -> tuple[MergeState, FoldReport]:
         """Folds one checkpoint in.
 
-        Held at a time beside θ⁰ and the state: the incoming vector, one copy of the weights, one tensor's gradient,
-        the masks with their moments, and two sets of teacher features.
+        Held at a time beside θ⁰ and the state: the incoming vector, the new merged vector, the new moments (a
+        triangle for each layer), and for one layer at a time its rows and a few of its moments.
 
         Raises:
             BadCheckpoint: `no-calibration` where it has no inputs (but for the first fold), `features-not-finite`
                 where its network overflows on them, `missing-tensors`.
         """
         progress(0.0)
-        base = state.base
-        vector = task_vector(base, checkpoint)
-        if not state.count:
+        vector = task_vector(state.base, checkpoint)
+        if not state.count and checkpoint.inputs is None:
             progress(1.0)
             return finish(self.name, state, checkpoint, vector, vector)
         (previous, incoming), warnings = calibration_sets(state, checkpoint)
-        statistics = merge_statistics(base, state.merged, vector, state.count)
-        masked = MaskedMerge(base, state.merged, vector, statistics, channels=True)
-        inputs = torch.cat([previous, incoming])
-        before = features_of(base, masked.fill(state.merged), inputs)
-        own = features_of(base, masked.fill(vector), incoming)
-        check_finite(checkpoint.task, before, own)
-        goal = _Goal(
-            head=head_of(checkpoint),
-            older={task: head for task, head in state.heads.items() if task != checkpoint.task},
-            older_weight=self.older,
-            transport=self.transport,
-            blur=self.blur,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        draws = (batches(len(previous), self.batch, generator), batches(len(incoming), self.batch, generator))
-        optimiser = torch.optim.Adam([masked.pre, masked.post], lr=self.learning_rate)
-        self._start(masked, goal, state, inputs, before, own)
-        losses: list[float] = []
-        for step in range(self.steps):
-            old, new = next(draws[0]), next(draws[1])
-            index = torch.cat([old, new + len(previous)])
-            features = base.features(masked.rebuild(), inputs[index])
-            check_finite(checkpoint.task, features)
-            loss = goal.loss(features, before[index], own[new])
-            losses.append(float(loss.detach()))
-            masked.backward(loss, masked.pre, masked.post)
-            optimiser.step()
-            progress((step + 1) / (self.steps + 1))
-        merged = masked.merged(masked.pre, masked.post)
-        after = features_of(base, masked.fill(merged), inputs)
-        agreement = goal.agreement(after, before, own, state.previous, checkpoint.task)
-        progress(1.0)
+        if not state.count:
+            warnings = ()  # no task came before that could have left inputs
+        fold = _Fold(self, state, vector, head_of(checkpoint), previous[:MAX_INPUTS], incoming[:MAX_INPUTS])
+        weights = fold.sensitivity(torch.Generator().manual_seed(seed))
+        layers = len(fold.walker.layers)
+        for done, _ in enumerate(fold.layers(weights), 1):
+            progress(0.1 + 0.9 * done / (layers + 1))
+        check_finite(checkpoint.task, *fold.features)
         training = Training(
-            steps=self.steps,
-            loss_first=losses[0] if losses else None,
-            loss_last=losses[-1] if losses else None,
-            loss_best=min(losses, default=None),
-            agreement=agreement,
-            warnings=warnings,
+            agreement=fold.agreement(checkpoint.task), transport=fold.transport(checkpoint.task), warnings=warnings
         )
-        return finish(self.name, state, checkpoint, vector, merged, training=training)
+        progress(1.0)
+        statistics = fold.moments | {_COVERED: torch.tensor(float(state.count + 1))}
+        return finish(self.name, state, checkpoint, vector, fold.merged, statistics=statistics, training=training)
 
-    @staticmethod
-    def _start(
-        masked: MaskedMerge, goal: _Goal, state: MergeState, inputs: Tensor, before: Tensor, own: Tensor
+
+class _Fold:
+    """One fold under way: three networks on their walk, the merge among them."""
+
+    def __init__(
+        self,
+        method: Otmf,
+        state: MergeState,
+        vector: Mapping[str, Tensor],
+        head: HeadTensors,
+        previous: Tensor,
+        incoming: Tensor,
     ) -> None:
-        """Sets all masks to the best of a few constants, so that no network has to be trained out of a hole.
+        base = state.base
+        assert base.walker is not None, "otmf looks into the layers, so it needs the captured network"
+        self.method, self.state, self.head, self.walker = method, state, head, base.walker
+        self.first = not state.count
+        self.split = len(incoming)
+        self.vector = vector
+        self.merged = _means(state, vector)
+        self.moments: dict[str, Tensor] = {}
+        both = torch.cat([incoming, previous])
+        self.teacher = Lane(_Sum(base.weights, vector), incoming)
+        self.before = Lane(_Sum(base.weights, state.merged), both)
+        self.student = Lane(_Sum(base.weights, self.merged), both)
 
-        The full sum of both vectors is a good start for some networks and ruins others, whose features then are far
-        from all teachers; the loss on the whole calibration sets tells which.
+    @property
+    def features(self) -> list[Tensor]:
+        lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
+        return [lane.features for lane in lanes if lane.features is not None]
+
+    def sensitivity(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Layer's node → weight of each row of the incoming inputs [g, rows]: (‖∂ log p(class)/∂y‖²)^sensitivity.
+
+        The classes are drawn from what the incoming model itself decides, as for a Fisher information.
         """
-        by_count = (state.count / (state.count + 1), 1 / (state.count + 1))
-        starts = (*STARTS, by_count)
-        losses = []
-        for start in starts:
-            masked.reset(*start)
-            features = features_of(state.base, masked.rebuild(), inputs)
-            finite = bool(features.isfinite().all())
-            losses.append(float(goal.loss(features, before, own)) if finite else math.inf)
-        masked.reset(*starts[losses.index(min(losses))])
+        power = self.method.sensitivity
+        if not power:
+            return {}
+
+        def surprise(features: Tensor) -> Tensor:
+            logits = self.head.logits(features)
+            drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+            return F.cross_entropy(logits, drawn, reduction="sum")
+
+        pieces = [
+            self.walker.sensitivity(self.teacher.weights, piece, surprise)
+            for piece in torch.split(self.teacher.inputs, FORWARD_BATCH)
+        ]
+        return {node: torch.cat([piece[node] for piece in pieces], 1) ** power for node in pieces[0]}
+
+    def layers(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Fits one layer after the other, and lets the merge go on with it."""
+        lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
+        for layer, inputs in self.walker.walk(lanes):
+            key = f"gram/{layer.weight}"
+            own, *rest = (layer.rows(x, self.vector[layer.weight]) for x in inputs)
+            weight = weights.get(layer.node)
+            if self.first:
+                self.moments[key] = pack_gram(moment(own, own, weight))
+                yield
+                continue
+            before, student = rest
+            seen = own.shape[1]  # rows of the incoming inputs; the previous task's follow
+            old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
+            gram = self._gram(key, before)
+            drift = drift_map(before, student) if self.method.drift else None
+            incoming, target = Sight(own, student[:, :seen], weight).equations(new_layer, self.method.student)
+            again = Sight(before[:, seen:], student[:, seen:]).equations(old_layer, 1.0)
+            parts = [
+                (1.0, *old_equations(gram, old_layer, drift, self.method.drift)),
+                (self.method.previous, *again),
+                (self.method.incoming, incoming, target),
+            ]
+            count = self.state.count
+            prior = (old_layer * count + new_layer) / (count + 1)
+            tensors = layer.assign(fit(parts, prior, self.method.ridge), self.student.weights)
+            for name, tensor in tensors.items():
+                self.merged[name] = tensor.sub_(self.state.base.weights[name])
+            self.moments[key] = pack_gram(gram + incoming)
+            yield
+
+    def _gram(self, key: str, before: Tensor) -> Tensor:
+        """The moments of all folded tasks, float64. For tasks that another method folded, without moments, those of
+        the inputs at hand stand in, as the merged network sees them."""
+        stored, size = self.state.statistics.get(key), before.shape[2]
+        covered = 0.0 if stored is None else float(self.state.statistics[_COVERED])
+        missing = max(0.0, self.state.count - covered)
+        gram = 0.0 if stored is None else unpack_gram(stored, size)
+        return gram + missing * moment(before, before) if missing or stored is None else gram  # type: ignore[return-value]
+
+    def agreement(self, task: str) -> dict[str, float]:
+        """Share of inputs on which the merge decides as its teacher: the incoming and the previous task."""
+        return {name: _same(head, *pair) for name, head, pair in self._pairs(task)}
+
+    def transport(self, task: str) -> dict[str, float]:
+        """Sinkhorn divergence between the merge's and its teacher's normalised features, for the same two tasks."""
+        return {
+            name: float(sinkhorn_divergence(*(F.normalize(features, dim=1) for features in pair)))
+            for name, _, pair in self._pairs(task)
+        }
+
+    def _pairs(self, task: str) -> Iterator[tuple[str, HeadTensors, tuple[Tensor, Tensor]]]:
+        if self.first:
+            return
+        own, before, student = self.features
+        yield task, self.head, (student[: self.split], own)
+        previous = self.state.previous
+        if previous is not None and previous != task and previous in self.state.heads:
+            yield previous, self.state.heads[previous], (student[self.split :], before[self.split :])
 
 
-@dataclass(frozen=True, eq=False)
-class _Goal:
-    """What the masks are trained for. Features are [previous inputs; incoming inputs, width] throughout."""
+class _Sum(Mapping[str, Tensor]):
+    """θ⁰ + a vector, summed when it is asked for: no copy of the weights is held."""
 
-    head: HeadTensors
-    older: Mapping[str, HeadTensors]  # in name order, so that sums are the same after a restart
-    older_weight: float
-    transport: float
-    blur: float
+    def __init__(self, base: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> None:
+        self._base, self._vector = base, vector
 
-    def loss(self, student: Tensor, before: Tensor, own: Tensor) -> Tensor:
-        """The student's features, the merged model's before the fold, and the incoming model's own on its inputs."""
-        split = len(student) - len(own)
-        total = divergence(self.head, student[split:], own)
-        for head in self.older.values():
-            # Summed over both sides, each a mean: an older head speaks with the same weight on both.
-            for part in (slice(0, split), slice(split, None)):
-                total = total + self.older_weight * divergence(head, student[part], before[part])
-        if self.transport:
-            unit = F.normalize(student, dim=1)
-            old = sinkhorn_divergence(unit[:split], F.normalize(before[:split], dim=1), blur=self.blur)
-            new = sinkhorn_divergence(unit[split:], F.normalize(own, dim=1), blur=self.blur)
-            total = total + self.transport * (self.older_weight * old + new)
-        return total
+    def __getitem__(self, name: str) -> Tensor:
+        return self._base[name] + self._vector[name]
 
-    def agreement(
-        self, student: Tensor, before: Tensor, own: Tensor, previous: str | None, task: str
-    ) -> dict[str, float]:
-        """Share of inputs on which the student decides as its teacher: the incoming and the previous task."""
-        split = len(student) - len(own)
-        shares = {task: _same(self.head, student[split:], own)}
-        if previous is not None and previous in self.older:
-            shares[previous] = _same(self.older[previous], student[:split], before[:split])
-        return shares
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
 
 
-def divergence(head: HeadTensors, student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of a head's class distributions, mean over the inputs (Hinton et al. 2015, T = 1)."""
-    return F.kl_div(
-        F.log_softmax(head.logits(student), 1),
-        F.log_softmax(head.logits(teacher), 1),
-        log_target=True,
-        reduction="batchmean",
-    )
+def _means(state: MergeState, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where the merge starts: means by count, statistics as moments merge."""
+    if not state.count:
+        return dict(vector)
+    statistics = merge_statistics(state.base, state.merged, vector, state.count)
+    share = 1 / (state.count + 1)
+    return {
+        name: statistics[name]
+        if state.base.role(name) is Role.STATISTIC
+        else torch.lerp(state.merged[name], vector[name], share)
+        for name in state.base.weights
+    }
 
 
 def _same(head: HeadTensors, student: Tensor, teacher: Tensor) -> float:

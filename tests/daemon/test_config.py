@@ -38,10 +38,10 @@ def test_every_key_of_the_reference_is_explained_or_obvious():
     lines = [line for line in REFERENCE.read_text().splitlines() if "=" in line and not line.startswith("#")]
     bare = [line.split("=")[0].strip() for line in lines if "#" not in line]
     assert set(bare) <= {"seed", "batch", "learning_rate", "steps", "blur", "chunk_bytes", "max_bundle_bytes",
-                         "max_partial_bytes", "data_free_method", "attempts"}  # fmt: skip
+                         "max_partial_bytes", "data_free_method", "attempts", "scaling"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["otmf", "otmf-paper", "task-arithmetic"])
+@pytest.mark.parametrize("name", ["otmf", "otmf-paper", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"])
 def test_method_tables_are_the_methods_own_fields(name):
     """Settings are typed without torch; here they are held against the dataclasses that do the work."""
     from foldd.daemon.methods import METHODS, make_method

@@ -21,7 +21,7 @@ from foldd.core.manifest import verify_manifest
 from foldd.core.signatures import read_public
 from foldd.daemon.memory import rss_bytes
 
-LONG = {"threads": 1, "otmf": {"steps": 500}}  # long enough to be caught in the middle
+LONG = {"threads": 1, "method": "otmf-paper", "otmf-paper": {"steps": 500}}  # long enough to be caught in the middle
 
 
 def rewritten(source: Path, target: Path, change) -> Path:
@@ -215,7 +215,7 @@ def test_sigterm_in_the_middle_of_a_fold_costs_nothing(make_box):
     box.configure(fold={"method": "average"})
     box.start()
     box.wait_generation(2)
-    assert box.history()[1]["method"] == "otmf", "the plan of the first attempt stands"
+    assert box.history()[1]["method"] == "otmf-paper", "the plan of the first attempt stands"
 
 
 def test_two_daemons_on_one_state_directory_are_one_too_many(make_box):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from foldd.base.load import capture
 from foldd.base.network import Base, FeatureFunction
+from foldd.base.store import network_of
+from foldd.base.walk import Walker
 from foldd.core.base_spec import BaseSpec, TensorSpec
 from foldd.core.bundle import Checkpoint, Head, open_bundle, write_bundle
 from foldd.core.digests import base_digest
@@ -32,23 +36,40 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_base(
-    weights: Tensors, roles: Mapping[str, Role], features: FeatureFunction, input_shape: tuple[int, ...], width: int
-) -> Base:
+class Mlp(nn.Module):
+    """[n, 6] → [n, 5], with an embedding, a norm, and a layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 6))
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 5, bias=False)
+        self.norm = nn.LayerNorm(5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.two(torch.tanh(self.one(x + self.position))))
+
+
+class Cnn(nn.Module):
+    """[n, 3, 6, 6] → [n, 5], with BatchNorm behind a convolution without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.bn(self.stem(x))).mean((2, 3)))
+
+
+@cache
+def captured(network: type[nn.Module], input_shape: tuple[int, ...]) -> tuple[FeatureFunction, Walker]:
+    return network_of(capture(network(), input_shape))
+
+
+def make_base(weights: Tensors, roles: Mapping[str, Role], network: type[nn.Module], shape: tuple[int, ...]) -> Base:
     specs = {name: TensorSpec(tuple(tensor.shape), roles[name]) for name, tensor in weights.items()}
     digest = base_digest((name, tensor.numpy()) for name, tensor in weights.items())
-    return Base(BaseSpec(digest, specs, input_shape, width, None), weights, features)
-
-
-def mlp_features(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    hidden = torch.tanh((x + w["position"]) @ w["one.weight"].T + w["one.bias"])
-    return F.layer_norm(hidden @ w["two.weight"].T, (5,), w["norm.weight"], None)
-
-
-def cnn_features(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    y = F.conv2d(x, w["stem.weight"], padding=1)
-    y = F.batch_norm(y, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], training=False)
-    return F.linear(F.relu(y).mean((2, 3)), w["last.weight"])
+    return Base(BaseSpec(digest, specs, shape, 5, None), weights, *captured(network, shape))
 
 
 @pytest.fixture
@@ -63,7 +84,7 @@ def mlp() -> Base:
         "norm.weight": torch.ones(5),
     }
     roles = dict(zip(weights, (Role.EMBEDDING, Role.MATRIX, Role.BIAS, Role.MATRIX, Role.NORM), strict=True))
-    return make_base(weights, roles, mlp_features, (6,), 5)
+    return make_base(weights, roles, Mlp, (6,))
 
 
 @pytest.fixture
@@ -79,7 +100,7 @@ def cnn() -> Base:
         "last.weight": torch.randn(5, 4, generator=g),
     }
     kinds = (Role.CONVOLUTION, Role.NORM, Role.BIAS, Role.STATISTIC, Role.STATISTIC, Role.MATRIX)
-    return make_base(weights, dict(zip(weights, kinds, strict=True)), cnn_features, (3, 6, 6), 5)
+    return make_base(weights, dict(zip(weights, kinds, strict=True)), Cnn, (3, 6, 6))
 
 
 @pytest.fixture

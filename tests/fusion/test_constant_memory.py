@@ -10,7 +10,7 @@ from foldd.daemon.pipeline import tensor_bytes
 
 @pytest.mark.parametrize("name", METHODS)
 def test_tensors_alive_grow_by_heads_alone(name, cnn, make):
-    options = {"steps": 2} if "otmf" in name else {}
+    options = {"steps": 2} if name == "otmf-paper" else {}
     method = METHODS[name](**options)
     state = method.init(cnn)
     alive = []

@@ -62,7 +62,7 @@ def test_packed_arrays_are_copies(state: MergeState) -> None:
 
 
 def test_a_fold_after_a_restart_gives_the_same_bits(cnn: Base, make: Any, tmp_path: Path) -> None:
-    method = Otmf(steps=4, batch=4)
+    method = Otmf()
     state = method.init(cnn)
     for task, seed in (("zebra", 1), ("ant", 2), ("midge", 3)):
         state, _ = method.fold(state, make(cnn, task, seed), seed=0)
