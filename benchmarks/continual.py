@@ -1,0 +1,204 @@
+"""Accuracy of continual merging on real tasks, foldd's methods and rivals: `make bench-continual ARGS="--data …"`.
+
+Bundles are folded one by one, in this process, in seeded orders (0: as listed), and scored under their frozen heads on
+images that no model has seen. `accuracy` is the mean over tasks after the last fold, then over orders; `bwt` the mean
+over all tasks but the last of (accuracy at the end − accuracy right after its own fold); `gain` the share of what the
+individual models gain over the unfolded base. `seconds` is the mean of a fold from the second on, `peak_rss_bytes` that
+of the largest fold. Methods named `joint-…` see all models at once: one merge, for reference; `continual-finetuning`
+uses the labels of the training images.
+
+Settings are chosen on `--split validation`; the test images are for the last word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench_data import ALL12, Bench, orders, task_list
+from benchmarks.continual_run import PLAIN, Result, Store, measure
+from benchmarks.report import finish, now, options, say
+from benchmarks.rivals.joint import JOINT
+from benchmarks.rivals.table import METHODS
+from foldd.core.errors import FolddError
+
+QUICK = {"bases": ["vit"], "tasks": [8], "orders": 1, "methods": ["average", "opcm", "otmf"]}
+FULL = {"bases": ["vit", "cnn"], "tasks": [8, len(ALL12)], "orders": 5, "methods": list(METHODS)}
+
+
+@dataclass(frozen=True)
+class Job:
+    base: str
+    tasks: int
+    method: str
+    order: int
+
+    @property
+    def kind(self) -> tuple[str, int, str]:
+        return self.base, self.tasks, self.method
+
+
+@dataclass
+class Clock:
+    """Progress in percent, and the time left, by what other runs of the same method took."""
+
+    jobs: list[Job]
+    taken: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def say(self, done: int, part: float = 0.0) -> None:
+        """After `done` jobs and a part of the next."""
+        costs = [self._cost(job) for job in self.jobs]
+        past = sum(costs[:done]) + (part * costs[done] if done < len(costs) else 0.0)
+        total = sum(costs)
+        left = f", about {_minutes(total - past)} left" if self.taken else ""
+        name = " ".join(map(str, self.jobs[min(done, len(costs) - 1)].__dict__.values()))
+        say(f"{100 * past / total if total else 100:3.0f} %{left}: {name}")
+
+    def _cost(self, job: Job) -> float:
+        known = self.taken.get((job.base, job.method)) or [
+            seconds for (_, method), each in self.taken.items() for seconds in each if method == job.method
+        ]
+        known = known or [seconds for each in self.taken.values() for seconds in each] or [1.0]
+        return float(np.mean(known)) * job.tasks
+
+
+def main() -> int:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    started, results, failed = now(), {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(arguments.cache or Path(folder) / "results")
+        clock = Clock(_jobs(arguments))
+        done = 0
+        for name in arguments.bases:
+            lists = {count: task_list(arguments.data, name, count) for count in arguments.tasks}
+            longest = lists[max(lists)]
+            bench = Bench(arguments.data, name, longest, arguments.split, Path(folder) / name)
+            shuffled = {count: orders(tasks, arguments.orders) for count, tasks in lists.items()}
+            for job in [job for job in clock.jobs if job.base == name]:
+                tasks = shuffled[job.tasks][job.order]
+                path = store.path(bench, tasks, job.method, job.order)
+                result = store.read(path, bool(arguments.plots))
+                if result is None:
+                    clock.say(done)
+                    begun = time.perf_counter()
+                    try:
+                        result, features = measure(
+                            bench, tasks, job.method, job.order, bool(arguments.plots), lambda _: None
+                        )
+                        store.write(path, result, features)
+                    except (FolddError, OSError, RuntimeError, ValueError, AssertionError):
+                        say(traceback.format_exc())
+                        failed.append(job)
+                    clock.taken[job.base, job.method].append((time.perf_counter() - begun) / job.tasks)
+                done += 1
+                if result is not None:
+                    results[job] = result | {"features": str(path.with_suffix(".npz"))}
+            del bench
+            gc.collect()
+        clock.say(done)
+        rows = [
+            row for kind in dict.fromkeys(job.kind for job in clock.jobs) if (row := _row(kind, results, arguments))
+        ]
+        finish("continual", rows, arguments.json, started)
+        if arguments.plots:
+            from benchmarks.plots import draw_all
+
+            shifts = draw_all(arguments.plots, results)
+            finish("continual", shifts, arguments.plots / "feature_shift.json", started)
+    for job in failed:
+        say(f"not measured: {job}")
+    return 1 if failed else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = options(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
+    parser.add_argument("--bases", type=lambda text: text.split(","), help="factories in networks.py: vit,cnn")
+    parser.add_argument("--tasks", type=lambda text: [int(n) for n in text.split(",")], help="how many: 8,12")
+    parser.add_argument("--orders", type=int, help="task orders, the first as listed; 5 unless told")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw pictures; needs matplotlib")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep each run's result here, and use it again")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    for name, value in (QUICK if arguments.quick else FULL).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.methods = [name for name in dict.fromkeys(arguments.methods) if name not in PLAIN]
+    if unknown := [name for name in arguments.methods if name not in METHODS]:
+        parser.error(f"there is no method {', '.join(unknown)}; there are {', '.join((*PLAIN, *METHODS))}")
+    if min(*arguments.tasks, 2) < 2 or arguments.orders < 1:
+        parser.error("at least 2 tasks and 1 order")
+    if arguments.plots:
+        try:
+            import matplotlib  # noqa: F401
+            import sklearn  # noqa: F401
+        except ImportError as error:
+            parser.error(f"--plots needs {error.name}: pip install matplotlib scikit-learn")
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Orders outside methods, so that every method is known early, and with it the time left."""
+    return [
+        Job(base, tasks, method, order)
+        for base in arguments.bases
+        for order in range(arguments.orders)
+        for tasks in arguments.tasks
+        for method in (*PLAIN, *arguments.methods)
+        if order == 0 or method not in (*PLAIN, *JOINT)
+    ]
+
+
+def _row(
+    kind: tuple[str, int, str], results: dict[Job, Result], arguments: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The runs of all orders as one row."""
+    base, tasks, method = kind
+    runs = [result for job, result in results.items() if job.kind == kind]
+    if not runs:
+        return None
+    scores = [_mean(run["final"].values()) for run in runs]
+    low, high = (
+        _mean(results[job]["final"].values()) if (job := Job(base, tasks, plain, 0)) in results else None
+        for plain in PLAIN
+    )
+    accuracy = _mean(scores)
+    gain = (accuracy - low) / (high - low) if low is not None and high is not None and high != low else None
+    losses = [_mean(run["final"][t] - run["own"][t] for t in run["order"][:-1]) for run in runs if run["own"]]
+    # The first fold takes the task vector as it is; a joint merge has only one.
+    seconds = [s for run in runs for s in (run["fold_seconds"][1:] or run["fold_seconds"])]
+    peaks = [peak for run in runs for peak in run["fold_peak_bytes"]]
+    return {
+        "base": base, "tasks": tasks, "method": method, "heads": "frozen", "split": arguments.split,
+        "accuracy": accuracy, "accuracy_std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None, "gain": gain,
+        "bwt": _mean(losses) if losses else None, "orders": len(runs),
+        "seconds": _mean(seconds) if seconds else None, "peak_rss_bytes": max(peaks, default=None),
+    }  # fmt: skip
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

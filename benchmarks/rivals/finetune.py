@@ -1,0 +1,72 @@
+"""`continual-finetuning`: the merged network trained on each task in turn, with labels: what merging is compared to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foldd.base.network import Base
+from foldd.core.bundle import Checkpoint
+from foldd.core.roles import Role
+from foldd.fusion.batches import batches
+from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
+from foldd.fusion.state import MergeState, empty_state
+from foldd.fusion.task_vector import task_vector
+
+Labelled = Callable[[str], tuple[Tensor, Tensor]]  # task → its training inputs and labels
+
+
+@dataclass(frozen=True)
+class ContinualFinetuning:
+    """Sequential fine-tuning under the frozen heads: of a bundle only its head and its name are used after the first.
+
+    The first model is taken as it is, as every method does. AdamW with a one-cycle schedule, as the bundles were made,
+    but fewer epochs of fewer images: cheap, and kind to what was learned before. BatchNorm statistics stay.
+    """
+
+    name: ClassVar[str] = "continual-finetuning"
+    needs_calibration: ClassVar[bool] = False
+
+    labelled: Labelled
+    learning_rate: float = 1.5e-4
+    epochs: int = 2
+    batch: int = 64
+
+    def init(self, base: Base) -> MergeState:
+        return empty_state(base)
+
+    def fold(
+        self, state: MergeState, checkpoint: Checkpoint, *, seed: int, progress: Progress = silent
+    ) -> tuple[MergeState, FoldReport]:
+        """Trains on one more task."""
+        base = state.base
+        if not state.count:
+            vector = task_vector(base, checkpoint)
+            return finish(self.name, state, checkpoint, vector, vector)
+        inputs, labels = self.labelled(checkpoint.task)
+        head = head_of(checkpoint)
+        weights = {name: base.weights[name] + state.merged[name] for name in base.weights}
+        trained = [weights[n].requires_grad_() for n in weights if base.role(n) is not Role.STATISTIC]
+        optimiser = torch.optim.AdamW(trained, lr=self.learning_rate)
+        steps = self.epochs * (len(inputs) // min(self.batch, len(inputs)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.learning_rate, total_steps=steps + 1)
+        draw = batches(len(inputs), self.batch, torch.Generator().manual_seed(seed))
+        losses: list[float] = []
+        for step in range(steps):
+            index = next(draw)
+            loss = F.cross_entropy(head.logits(base.features(weights, inputs[index])), labels[index])
+            losses.append(float(loss.detach()))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            progress((step + 1) / steps)
+        merged = {name: weight.detach() - base.weights[name] for name, weight in weights.items()}
+        learned = {name: merged[name] - state.merged[name] for name in merged}
+        training = Training(steps, losses[0], losses[-1], min(losses))
+        return finish(self.name, state, checkpoint, learned, merged, training=training)
