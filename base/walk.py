@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,36 +65,33 @@ class Walker:
                 for dead in self._dead_after[node]:
                     lane.values.pop(dead, None)
 
-    def sensitivity(
-        self, weights: Mapping[str, Tensor], inputs: Tensor, objective: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """How much each row of each layer's output matters: node name → ‖∂objective/∂y‖² per row, [g, rows].
+    def gradients(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Tensor,
+        objective: Callable[[Tensor], Tensor],
+        take: Callable[[AffineLayer, Tensor], None],
+    ) -> None:
+        """Hands over ∂objective/∂(a layer's output), as rows [g, rows, o], for each affine layer that one reaches.
 
-        Layers that no gradient reaches are left out.
+        As soon as a layer's is known, the last layer's first: they are never held all at once.
 
         Args:
             objective: features [n, width] → scalar, a sum over the inputs.
         """
-        found: dict[str, Tensor] = {}
-
-        def keeper(layer: AffineLayer) -> Callable[[Tensor], None]:
-            def keep(gradient: Tensor) -> None:
-                found[layer.node] = layer.picked(gradient).square().sum(2)
-
-            return keep
-
         lane = Lane(weights, inputs.detach().clone().requires_grad_())
         with torch.enable_grad():
             for node in self._nodes:
                 if node.op == "output":
                     (features,) = torch.utils._pytree.tree_leaves(map_arg(node.args[0], lane.values.__getitem__))
                     objective(features).backward()  # type: ignore[no-untyped-call]
-                    break
+                    return
                 self._run(node, lane)
                 layer = self._layer_of.get(node.name)
                 if layer is not None and lane.values[node].requires_grad:
-                    lane.values[node].register_hook(keeper(layer))
-        return found
+                    lane.values[node].register_hook(partial(_hand_over, layer, take))
+                for dead in self._dead_after[node]:
+                    lane.values.pop(dead, None)
 
     def _run(self, node: Node, lane: Lane) -> None:
         if node.op == "placeholder":
@@ -116,3 +114,7 @@ class Walker:
         for part in name.split("."):
             value = getattr(value, part)
         return value
+
+
+def _hand_over(layer: AffineLayer, take: Callable[[AffineLayer, Tensor], None], gradient: Tensor) -> None:
+    take(layer, layer.picked(gradient))

@@ -8,6 +8,7 @@
     ├── BadSetup            the operator must change something: configuration, base, keys
     │   └── BadConfig           one key of config.toml, with its line
     ├── Refused             the gate said no: the generation is not published        (quarantine)
+    │   └── Held                it says no until somebody says yes                       (waits for a person's word)
     └── Unavailable         the environment failed: disk full, peer gone, time-out   (retry)
 
 An error says what happened, why that is likely, and what to do about it. Whether the work is worth
@@ -75,6 +76,10 @@ class BadConfig(BadSetup):
 
 class Refused(FolddError):
     """The gate found the new artifact worse than its limits; the last generation goes on serving."""
+
+
+class Held(Refused):
+    """A fold that would harm older tasks; it waits until somebody decides."""
 
 
 class Unavailable(FolddError):

@@ -153,6 +153,8 @@ class Foreman:
             self._back_off()
         elif answer.kind == "input":
             self._intake.quarantine(arrival, answer.error)
+        elif answer.kind == "hold":
+            self._intake.hold(arrival, answer.error)
         elif answer.kind in ("environment", "setup"):
             log.error("%s waits: %s", arrival.name, answer.error.get("what"))
             self._ledger.retreat(arrival.id, refund=True, error=answer.error)

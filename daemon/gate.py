@@ -1,4 +1,4 @@
-"""The gate: does the new artifact compute what torch computed, and does it still answer as the last one did?"""
+"""The gate: does the new artifact compute what torch computed, and how much does it answer as the last one did?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foldd.core.bundle import Checkpoint
-from foldd.core.errors import Refused
+from foldd.daemon.conflicts import RETAINED
 from foldd.export.parity import BATCH, agreement, check_parity, run_artifact
 from foldd.fusion.state import MergeState, as_tensor, merged_weights
 
@@ -23,12 +23,9 @@ class Gate:
 
     Attributes:
         parity: largest relative difference between onnxruntime and torch.
-        agreement: least share of the previous task's calibration inputs on which the new generation must decide
-            as the last one did; 0 only reports it.
     """
 
     parity: float
-    agreement: float
     threads: int
 
     def check(
@@ -37,11 +34,12 @@ class Gate:
         """Scores of a new artifact, if it passes.
 
         Returns:
-            `parity`; `retained/<task>`: agreement with the last generation on the previous task's inputs;
+            `parity`; `retained/<task>` of each older task: share of inputs on which its head decides as in the last
+            generation, the previous task's own inputs for itself, all that are at hand for the others;
             `accuracy/<task>` on the incoming task's calibration set where it has labels.
 
         Raises:
-            Refused: `parity`, `agreement`.
+            Refused: `parity`.
         """
         outputs = ["features", *(f"logits/{task}" for task in after.heads)]
         scores = {"parity": 0.0}
@@ -52,10 +50,8 @@ class Gate:
             if inputs is checkpoint.inputs and checkpoint.labels is not None:
                 decided = actual[f"logits/{checkpoint.task}"].argmax(1)
                 scores[f"accuracy/{checkpoint.task}"] = float((decided == checkpoint.labels).mean())
-        # A task that came again has a new head, perhaps with other classes: nothing to agree with.
-        comparable = previous is not None and previous.exists() and before.previous != checkpoint.task
-        if comparable and previous is not None and before.calibration is not None:
-            scores[f"retained/{before.previous}"] = self._retained(model, previous, before)
+        if previous is not None and previous.exists():
+            scores |= self._retained(model, previous, before, checkpoint)
         return scores
 
     def _probes(self, before: MergeState, checkpoint: Checkpoint) -> list[np.ndarray]:
@@ -69,20 +65,20 @@ class Gate:
             probes = [generator.standard_normal(shape, dtype=np.float32)]
         return probes
 
-    def _retained(self, model: Path, previous: Path, before: MergeState) -> float:
-        assert before.calibration is not None
-        output, inputs = f"logits/{before.previous}", before.calibration.numpy()
-        new, old = (run_artifact(path, inputs, [output], threads=self.threads)[output] for path in (model, previous))
-        share = agreement(new, old)
-        if share < self.agreement:
-            raise Refused(
-                "agreement",
-                f"On {before.previous}'s calibration inputs the new generation decides as the last one in "
-                f"{share:.0%} of cases, the limit is {self.agreement:.0%}.",
-                why="the incoming task conflicts with the folded ones.",
-                remedy="Lower gate.agreement if that is acceptable; the last generation goes on serving.",
-            )
-        return share
+    def _retained(self, model: Path, previous: Path, before: MergeState, checkpoint: Checkpoint) -> dict[str, float]:
+        # A task that came again has a new head, perhaps with other classes: nothing to agree with.
+        tasks = [task for task in before.heads if task != checkpoint.task]
+        own = None if before.calibration is None else before.calibration.numpy()
+        foreign = [inputs for inputs in (own, checkpoint.inputs) if inputs is not None]
+        if not tasks or not foreign:
+            return {}
+        outputs, inputs = [f"logits/{task}" for task in tasks], np.concatenate(foreign)
+        new, old = (run_artifact(path, inputs, outputs, threads=self.threads) for path in (model, previous))
+        kept = {}
+        for task, output in zip(tasks, outputs, strict=True):
+            part = slice(len(own)) if own is not None and task == before.previous else slice(None)
+            kept[f"{RETAINED}{task}"] = agreement(new[output][part], old[output][part])
+        return kept
 
 
 @torch.no_grad()

@@ -161,6 +161,41 @@ class Intake:
         crash_point("quarantine.moved", self._layout.root)
         log.warning("%s was set aside (%s): %s", arrival.name, error["code"], error["what"])
 
+    def hold(self, arrival: Arrival, error: dict[str, Any]) -> None:
+        """Keeps a checkpoint in its work folder until somebody decides about it."""
+        self._ledger.hold(arrival.id, error)
+        shutil.rmtree(self._layout.stage(arrival.sha256), ignore_errors=True)
+        log.warning("%s is held (%s, %s): %s", arrival.name, error["code"], arrival.sha256[:12], error["what"])
+
+    def retry(self, arrival: Arrival) -> None:
+        """Queues what is held or was set aside; anything else stays as it is."""
+        if arrival.state == "held":
+            self._ledger.release(arrival)
+            log.info("%s is folded all the same, as ordered", arrival.name)
+        elif arrival.state == "quarantined":
+            aside, item = self._layout.quarantine / _folder(arrival) / safe(arrival.name), self.file_of(arrival)
+            if aside.exists():
+                item.parent.mkdir(exist_ok=True)
+                sync_directory(self._layout.work)
+                write_file(item.parent / ORIGIN, _json({"name": arrival.name, "source": arrival.source}))
+                place(aside, item)
+            if not item.exists():
+                log.warning("%s cannot be tried again: its file is gone", arrival.name)
+                return
+            self._ledger.requeue(arrival.sha256, arrival.name, arrival.source)
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            log.info("%s is tried again, as ordered", arrival.name)
+
+    def forget(self, arrival: Arrival) -> None:
+        """Drops a checkpoint that waits, is held or was set aside, file and row, as if it had never come."""
+        if arrival.state in ("folding", "folded"):
+            log.warning("%s is %s: it cannot be forgotten", arrival.name, arrival.state)
+            return
+        self._ledger.forget(arrival.sha256)
+        shutil.rmtree(self._layout.work_item(arrival.sha256), ignore_errors=True)
+        shutil.rmtree(self._layout.quarantine / _folder(arrival), ignore_errors=True)
+        log.info("%s is forgotten, as ordered", arrival.name)
+
     def _finish_quarantine(self, arrival: Arrival, error: dict[str, Any]) -> None:
         """Moves the file of a row that is marked; doing it again changes nothing."""
         target = self._layout.quarantine / _folder(arrival)

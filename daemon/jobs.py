@@ -22,7 +22,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     threads: int
     parity: float
-    agreement: float
+    conflict: float
+    on_conflict: str
     config_digest: str
 
 
@@ -69,7 +70,9 @@ class Staged(msgspec.Struct, frozen=True, tag="staged"):
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The job ended with an error; `kind` says what is to be done about it."""
 
-    kind: str  # "input": quarantine; "environment": try again, no attempt lost; "setup": operator; "bug": attempt lost
+    # "input": quarantine; "hold": wait for a person's word; "environment": try again, no attempt lost; "setup": the
+    # operator must act; "bug": attempt lost.
+    kind: str
     error: dict[str, Any]
 
 

@@ -37,6 +37,11 @@ class Layout:
         return self.root / "quarantine"
 
     @property
+    def orders(self) -> Path:
+        """What an operator told a daemon to do."""
+        return self.root / "orders"
+
+    @property
     def blobs(self) -> Path:
         return self.root / "blobs"
 

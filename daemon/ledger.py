@@ -17,7 +17,7 @@ from typing import Any
 
 from foldd.core.errors import BadSetup, Unavailable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE arrivals (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -25,7 +25,7 @@ CREATE TABLE arrivals (
     name TEXT NOT NULL,
     source TEXT NOT NULL,
     bytes INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('queued', 'folding', 'folded', 'quarantined')),
+    state TEXT NOT NULL CHECK (state IN ('queued', 'folding', 'folded', 'held', 'quarantined')),
     attempts INTEGER NOT NULL DEFAULT 0,
     duplicates INTEGER NOT NULL DEFAULT 0,
     plan TEXT,
@@ -208,6 +208,23 @@ class Ledger:
         with self._transaction():
             self._db.execute("UPDATE arrivals SET duplicates = duplicates + 1 WHERE sha256 = ?", (sha256,))
 
+    def hold(self, arrival: int, error: dict[str, Any]) -> None:
+        """Out of the queue until somebody decides; the attempt does not count."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE arrivals SET state = 'held', attempts = attempts - 1, error = ? WHERE id = ?",
+                (json.dumps(error), arrival),
+            )
+
+    def release(self, arrival: Arrival) -> None:
+        """Back to the queue after somebody's yes: this time it is folded whatever it conflicts with."""
+        plan = None if arrival.plan is None else json.dumps(arrival.plan | {"on_conflict": "fold"}, sort_keys=True)
+        with self._transaction():
+            self._db.execute(
+                "UPDATE arrivals SET state = 'queued', error = NULL, plan = ? WHERE id = ? AND state = 'held'",
+                (plan, arrival.id),
+            )
+
     def requeue(self, sha256: str, name: str, source: str) -> None:
         """Takes a quarantined file up again from its beginning, under the name that it came by this time."""
         with self._transaction():
@@ -218,9 +235,9 @@ class Ledger:
             )
 
     def forget(self, sha256: str) -> None:
-        """Drops a row whose file never reached the work folder."""
+        """Drops a row as if its file had never come; one that is being folded, or was, stays."""
         with self._transaction():
-            self._db.execute("DELETE FROM arrivals WHERE sha256 = ? AND state = 'queued'", (sha256,))
+            self._db.execute("DELETE FROM arrivals WHERE sha256 = ? AND state NOT IN ('folding', 'folded')", (sha256,))
 
     def begin(self, arrival: int, plan: dict[str, Any]) -> Arrival:
         """Counts an attempt and fixes everything that decides its result, before the work begins.

@@ -23,6 +23,7 @@ from foldd.core.errors import BadCheckpoint, BadSetup
 from foldd.core.files import build_file, sync_directory, write_file
 from foldd.core.manifest import ArtifactEntry
 from foldd.core.tensorfile import open_tensors, write_tensors
+from foldd.daemon.conflicts import decide, find_conflicts
 from foldd.daemon.crashpoints import crash_point
 from foldd.daemon.gate import Gate
 from foldd.daemon.jobs import Job, Progress, Staged
@@ -70,7 +71,7 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
 
     Raises:
         BadCheckpoint: the checkpoint is wrong.
-        Refused: the gate refused the result.
+        Refused: the gate refused the result; Held: until somebody says yes.
         BadSetup: the state directory is wrong.
     """
     reset_peak()
@@ -91,15 +92,18 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         artifact = _export(job, layout, state, target / "model.onnx")
         crash_point("export.written", root)
     with stages.stage("gate"):
-        gate = Gate(job.plan.parity, job.plan.agreement, job.plan.threads)
+        gate = Gate(job.plan.parity, job.plan.threads)
         previous = None if job.parent is None else layout.generation(job.parent) / "model.onnx"
         scores = gate.check(target / "model.onnx", previous, before, state, checkpoint)
+        conflicts = find_conflicts(scores, job.plan.conflict)
+        warnings = report.warnings + decide(checkpoint.task, conflicts, job.plan.on_conflict)
         crash_point("gate", root)
     with stages.stage("stage"):
         state_sha256 = save_state(state, target / "state.safetensors")
     peak = max(0, peak_rss_bytes() - baseline_bytes)
     content: dict[str, Any] = {
         "generation": job.generation, "checkpoint_sha256": job.sha256, "fold": report.as_dict(), "scores": scores,
+        "conflicts": conflicts,
         "seconds": stages.seconds, "peak_rss_bytes": peak, "tensor_bytes": tensor_bytes(),
     }  # fmt: skip
     write_file(target / "report.json", json.dumps(content, indent=1).encode() + b"\n")
@@ -115,7 +119,7 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         scores=scores,
         seconds=stages.seconds,
         peak_rss_bytes=peak,
-        warnings=report.warnings,
+        warnings=warnings,
     )
 
 

@@ -21,7 +21,8 @@ def make_plan(fold: Fold, gate: Gate, config_digest: str) -> dict[str, Any]:
         seed=fold.seed,
         threads=fold.threads or len(os.sched_getaffinity(0)),
         parity=gate.parity,
-        agreement=gate.agreement,
+        conflict=gate.conflict,
+        on_conflict=gate.on_conflict,
         config_digest=config_digest,
     )
     result: dict[str, Any] = msgspec.to_builtins(plan)

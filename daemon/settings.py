@@ -55,10 +55,10 @@ class OtmfPaper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What foldd ships; the names are those of foldd.fusion.otmf.Otmf."""
 
-    incoming: Rate = 0.7
-    previous: Weight = 0.5
+    incoming: Rate = 0.4
+    previous: Weight = 1.5
     student: Share = 0.5
-    sensitivity: Share = 0.5
+    damping: Annotated[float, Meta(gt=0, le=1)] = 0.1
     drift: Share = 0.2
     ridge: Rate = 1e-3
 
@@ -121,7 +121,8 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Rate = 1e-4
-    agreement: Share = 0.0
+    conflict: Share = 0.5
+    on_conflict: Literal["fold", "hold", "refuse"] = "fold"
 
 
 class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

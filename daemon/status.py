@@ -8,7 +8,7 @@ from typing import Any
 from foldd.core.manifest import read_manifest
 from foldd.daemon.config import Config
 from foldd.daemon.layout import Layout
-from foldd.daemon.ledger import GenerationRow, Ledger
+from foldd.daemon.ledger import Arrival, GenerationRow, Ledger
 from foldd.daemon.lock import holder
 from foldd.daemon.memory import rss_bytes
 
@@ -27,6 +27,7 @@ def status(config: Config) -> dict[str, Any]:
         current = ledger.current()
         pid = holder(layout.lock)
         live = _live(layout) if pid else {}
+        held = [_held(arrival) for arrival in ledger.arrivals("held")]
         queue = len(ledger.arrivals("queued", "folding"))
         quarantined = sum(1 for _ in layout.quarantine.iterdir()) if layout.quarantine.is_dir() else 0
         tasks = list(read_manifest(current.manifest).manifest.tasks) if current else []
@@ -36,6 +37,7 @@ def status(config: Config) -> dict[str, Any]:
             "tasks": tasks,
             "queue_depth": queue,
             "folding": live.get("folding"),
+            "held": held,
             "quarantined": quarantined,
             "last_error": live.get("last_error"),
             "pid": pid,
@@ -67,6 +69,11 @@ def _entry(row: GenerationRow) -> dict[str, Any]:
         "state_sha256": row.state_sha256, "config_digest": row.config_digest, "scores": row.scores,
         "seconds": row.seconds, "peak_rss_bytes": row.peak_rss_bytes, "created": row.created,
     }  # fmt: skip
+
+
+def _held(arrival: Arrival) -> dict[str, Any]:
+    error = arrival.error or {}
+    return {"id": arrival.sha256[:12], "file": arrival.name, "code": error.get("code"), "what": error.get("what")}
 
 
 def _live(layout: Layout) -> dict[str, Any]:

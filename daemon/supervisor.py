@@ -28,6 +28,7 @@ from foldd.daemon.layout import Layout
 from foldd.daemon.ledger import Ledger
 from foldd.daemon.live import LiveStatus
 from foldd.daemon.lock import daemon_lock
+from foldd.daemon.orders import carry_out
 from foldd.daemon.publish import Publishing
 from foldd.daemon.settle import Settled, SettleWatch
 from foldd.daemon.watch import InboxWatch
@@ -147,6 +148,7 @@ class Supervisor:
             self._intake.recover()
             self._even_out()
             self._live.last_error = None
+        carry_out(self._layout, self._ledger, self._intake)
         self._take_in()
         self._foreman.tend(may_begin=not self._uneven)
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from foldd.core.errors import BadInput, BadSetup, FolddError, Refused
+from foldd.core.errors import BadInput, BadSetup, FolddError, Held, Refused
 from foldd.daemon.jobs import Failed, Hello, Staged, decode_job, encode_line
 from foldd.daemon.layout import Layout
 from foldd.daemon.memory import rss_bytes
@@ -72,6 +72,8 @@ def _answer(work: Callable[[], Staged]) -> bytes:
     """Runs one job and turns every way to fail into an answer, one that cannot be written down included."""
     try:
         return encode_line(work())
+    except Held as error:
+        failed = Failed("hold", error.as_dict())
     except (BadInput, Refused) as error:
         failed = Failed("input", error.as_dict())
     except BadSetup as error:

@@ -1,4 +1,4 @@
-"""Second moments of what a layer gets: G = mean of x·xᵀ over rows, the constant-size memory of all folded inputs."""
+"""Second moments of what a layer gets, mean of x·xᵀ over rows: the constant-size memory of all folded inputs."""
 
 from __future__ import annotations
 
@@ -11,39 +11,29 @@ MIRROR_BLOCK = 256  # rows that are transposed at a time: what a cache holds
 _DIAGONAL_FLOOR = 1e-12
 
 
-def moment(one: Tensor, other: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Weighted mean of one·otherᵀ over rows: [g, rows, d], [g, rows, e] → float64 [g, d, e].
+def moment(one: Tensor, other: Tensor) -> Tensor:
+    """Mean of one·otherᵀ over rows: [g, rows, d], [g, rows, e] → float64 [g, d, e].
 
     Of a matrix with itself only the lower half is multiplied, and mirrored.
-
-    Args:
-        weight: [g, rows], not negative; None: all rows alike.
     """
     total = one.new_zeros(one.shape[0], one.shape[2], other.shape[2], dtype=torch.float64)
-    add_moment(total, one, other, row_shares(one, weight))
+    add_moment(total, one, other, 1.0)
     if one is other:
         mirror(total)
     return total
 
 
-def add_moment(total: Tensor, one: Tensor, other: Tensor, share: Tensor) -> None:
-    """total += Σ share·one·otherᵀ over rows, in place: [g, d, e] float64, [g, rows, d], [g, rows, e], [g, rows].
+def add_moment(total: Tensor, one: Tensor, other: Tensor, share: float) -> None:
+    """total += share × mean of one·otherᵀ over rows, in place: [g, d, e] float64, [g, rows, d], [g, rows, e].
 
     Where `one` is `other`, the entries of the upper half that no block of the lower one covers stay as they are.
     """
-    symmetric = one is other
-    for a, b, c in zip(*(torch.split(rows, CHUNK, 1) for rows in (one, other, share)), strict=True):
-        left = (a * c[:, :, None]).transpose(1, 2)
+    symmetric, scale = one is other, share / one.shape[1]
+    for a, b in zip(torch.split(one, CHUNK, 1), torch.split(other, CHUNK, 1), strict=True):
+        left = (a * scale).transpose(1, 2)
         for start in range(0, b.shape[2], BLOCK):
             first = start if symmetric else 0
             total[:, first:, start : start + BLOCK] += left[:, first:] @ b[:, :, start : start + BLOCK]
-
-
-def row_shares(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """What each of [g, rows, d] counts for in a mean over rows: [g, rows], their sum is 1 in each group."""
-    if weight is None:
-        return rows.new_full(rows.shape[:2], 1 / rows.shape[1])
-    return weight / weight.sum(1, keepdim=True).clamp_min(_DIAGONAL_FLOOR)
 
 
 def mirror(gram: Tensor) -> None:

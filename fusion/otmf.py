@@ -1,20 +1,21 @@
 """`otmf`, what foldd ships: a fold in closed form, layer by layer, that needs no labels and no old data.
 
 It keeps the frame of OTMF (arXiv 2511.19561): two task vectors, two frozen teachers, the previous and the incoming
-task's inputs, features pulled to the teachers' by transport. Two things are different, because validation said so.
+task's inputs, features pulled to the teachers' by transport. Three things are different, because validation said so.
 
 - **The transport has a known plan.** The published form moves a cloud of merged features onto a teacher's cloud and
   has to find out which point goes where. But student and teacher see the same inputs: each feature's mate is known,
   and with the plan fixed the squared transport cost is a sum of squared distances.
 - **It is minimised at every layer, not at the end.** For one affine layer that is least squares in its weights. In
-  the place of masks that descend a loss for a hundred steps comes the minimum itself: the layer is
-  W = (W_merged·G + W_incoming·G′)·(G + G′)⁻¹, a mask on either task vector that is a whole matrix on the input side
-  instead of a number per element. G is the second moment of the layer's inputs over all folded tasks, G′ the incoming
-  task's; G is a sum, so it has constant size and no old input is kept.
+  the place of masks that descend a loss for a hundred steps comes the minimum itself.
+- **Distances count as decisions depend on them.** An error at a layer's output is measured by B, the second moment of
+  the gradients there, as G is that of the layer's inputs: its Fisher information in Kronecker factors (K-FAC). The
+  layer W is the one with B·W·G + B′·W·G′ = B·W_merged·G + B′·W_incoming·G′: in the common basis of (G, G′) and (B, B′)
+  a mask on either task vector, element by element, with known values. G and B are sums over all folded tasks, so they
+  have constant size and no old input is kept.
 
-That is RegMean (Jin et al. 2023) made recursive, which is exact: the old tasks' normal equations are (G, W_merged·G).
-Beyond it, each kept because the validation table says so: the merge under way feeds the layers behind it, so that they
-take back what the ones before them changed; rows count by how much the heads' decisions depend on them; the previous
+Without B that is RegMean (Jin et al. 2023) made recursive, with it MaTS (Tam et al. 2023) for two. Beyond them: the
+merge under way feeds the layers behind it, so that they take back what the ones before them changed; the previous
 task's inputs, still at hand, are seen again; and the drift of the older tasks' inputs is estimated and allowed for.
 Tensors outside affine layers (norms, embeddings) are means by count.
 """
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foldd.base.layers import AffineLayer
 from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.base.walk import Lane
@@ -37,7 +39,7 @@ from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
 from foldd.fusion.batches import calibration_sets, check_finite
 from foldd.fusion.gram import moment, pack_gram, unpack_gram
-from foldd.fusion.layer_fit import Sight, drift_map, fit, old_equations
+from foldd.fusion.layer_fit import Equations, Sight, damped, drift_map, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
@@ -46,6 +48,7 @@ from foldd.fusion.transport import sinkhorn_divergence
 
 MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
 BACKWARD_BATCH = 16  # inputs per pass with gradients, which keeps all activations
+_GRAM, _CURVATURE = "gram", "curvature"
 _COVERED = "gram-count"  # how many tasks the moments have seen
 
 
@@ -57,7 +60,7 @@ class Otmf:
         incoming: weight of the incoming task's equations beside each older task's 1. Less keeps more of the old.
         previous: extra weight of the previous task's inputs, seen again through the merge under way.
         student: share of the merge's own inputs in the equations; the rest is the teachers' inputs.
-        sensitivity: rows count as (their squared gradient) to this power; 0: all alike.
+        damping: share of the identity in B; 1 leaves the gradients out.
         drift: share of the equations of the older tasks' inputs as they probably are by now; the rest: as they were.
         ridge: pull to the mean by count, as a share of the mean input energy, where inputs say nothing.
     """
@@ -65,10 +68,10 @@ class Otmf:
     name: ClassVar[str] = "otmf"
     needs_calibration: ClassVar[bool] = True
 
-    incoming: float = 0.7
-    previous: float = 0.5
+    incoming: float = 0.4
+    previous: float = 1.5
     student: float = 0.5
-    sensitivity: float = 0.5
+    damping: float = 0.1
     drift: float = 0.2
     ridge: float = 1e-3
 
@@ -97,9 +100,9 @@ class Otmf:
         if not state.count:
             warnings = ()  # no task came before that could have left inputs
         fold = _Fold(self, state, vector, head_of(checkpoint), previous[:MAX_INPUTS], incoming[:MAX_INPUTS])
-        weights = fold.sensitivity(torch.Generator().manual_seed(seed))
+        fold.measure_curvature(torch.Generator().manual_seed(seed))
         layers = len(fold.walker.layers)
-        for done, _ in enumerate(fold.layers(weights), 1):
+        for done, _ in enumerate(fold.layers(), 1):
             progress(0.1 + 0.9 * done / (layers + 1))
         check_finite(checkpoint.task, *fold.features)
         training = Training(
@@ -141,14 +144,13 @@ class _Fold:
         lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
         return [lane.features for lane in lanes if lane.features is not None]
 
-    def sensitivity(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Layer's node → weight of each row of the incoming inputs [g, rows]: (‖∂ log p(class)/∂y‖²)^sensitivity.
+    def measure_curvature(self, generator: torch.Generator) -> None:
+        """Each layer's B of the incoming task, where its own network makes a difference to what it decides.
 
-        The classes are drawn from what the incoming model itself decides, as for a Fisher information.
+        Gradients are those of log p(class), the class drawn from what the incoming model itself decides, as for a
+        Fisher information.
         """
-        power, inputs = self.method.sensitivity, self.teacher.inputs
-        if not power:
-            return {}
+        inputs = self.teacher.inputs
         noise = torch.empty(len(inputs), len(self.head.bias)).exponential_(generator=generator)
 
         def surprise(features: Tensor, noise: Tensor) -> Tensor:
@@ -157,69 +159,84 @@ class _Fold:
             drawn = (logits.detach().softmax(1) / noise).argmax(1)
             return F.cross_entropy(logits, drawn, reduction="sum")
 
-        pieces = [
-            self.walker.sensitivity(self.teacher.weights, piece, partial(surprise, noise=e))
-            for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True)
-        ]
-        return {node: torch.cat([piece[node] for piece in pieces], 1) ** power for node in pieces[0]}
+        def take(layer: AffineLayer, rows: Tensor) -> None:
+            key, part = f"{_CURVATURE}/{layer.weight}", moment(rows, rows)
+            known = self.moments.get(key)
+            self.moments[key] = pack_gram(part if known is None else part.add_(unpack_gram(known, part.shape[1])))
 
-    def layers(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        if self.method.damping < 1:
+            for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True):
+                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take)
+
+    def layers(self) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
         lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
         for layer, inputs in self.walker.walk(lanes):
-            key, weight = f"gram/{layer.weight}", weights.get(layer.node)
             shape = self.state.base.weights[layer.weight]
-            own, *rest = (layer.rows(x, shape) for x in inputs)
+            rows = [layer.rows(x, shape) for x in inputs]
             del inputs, shape
             if self.first:
-                self.moments[key] = pack_gram(moment(own, own, weight))
-                yield
-                continue
-            before, student = rest
-            old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
-            prior = torch.lerp(old_layer, new_layer, 1 / (self.state.count + 1))
-            parts = self._parts(key, (own, before, student), weight, (old_layer, new_layer))
-            tensors = layer.assign(fit(parts, prior, self.method.ridge), self.student.weights)
-            for name, tensor in tensors.items():
-                self.merged[name] = tensor.sub_(self.state.base.weights[name])
-            del (
-                own,
-                before,
-                student,
-                rest,
-                parts,
-                prior,
-                old_layer,
-                new_layer,
-                tensors,
-            )  # before the walk goes on
+                self.moments[f"{_GRAM}/{layer.weight}"] = pack_gram(moment(rows[0], rows[0]))
+                curvature = self._curvature(layer, layer.matrix(self.teacher.weights))
+                self.moments[f"{_CURVATURE}/{layer.weight}"] = pack_gram(curvature)
+            else:
+                self._fit(layer, rows)
+            del rows  # before the walk goes on
             yield
 
-    def _parts(
-        self, key: str, rows: tuple[Tensor, Tensor, Tensor], weight: Tensor | None, layers: tuple[Tensor, Tensor]
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Weights and equations: of all older tasks, of the previous task's inputs again, of the incoming task."""
+    def _fit(self, layer: AffineLayer, rows: list[Tensor]) -> None:
+        """Sets one layer of the merge, and adds to its moments.
+
+        Args:
+            rows: what the incoming model, the old merge and the merge under way feed into it.
+        """
         own, before, student = rows
-        old_layer, new_layer = layers
-        seen = own.shape[1]  # rows of the incoming inputs; the previous task's follow
-        drift = drift_map(before, student) if self.method.drift else None
-        yield 1.0, *old_equations(self._gram(key, before), old_layer, drift, self.method.drift)
-        del drift
+        old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
+        count, seen = self.state.count, own.shape[1]  # rows of the incoming inputs; the previous task's follow
+        key = f"{_GRAM}/{layer.weight}"
+        gram, target = self._old(key, before, student, old_layer)
         if self.method.previous:
-            again = Sight(before[:, seen:], student[:, seen:])
-            yield self.method.previous, *again.equations(old_layer, 1.0)
-        gram, target = Sight(own, student[:, :seen], weight).equations(new_layer, self.method.student)
-        self.moments[key] = pack_gram(self._gram(key, before), gram)
-        yield self.method.incoming, gram, target
+            again, wanted = Sight(before[:, seen:], student[:, seen:]).equations(old_layer, 1.0)
+            gram.add_(again, alpha=self.method.previous)
+            target.add_(wanted, alpha=self.method.previous)
+            del again, wanted
+        new_gram, new_target = Sight(own, student[:, :seen]).equations(new_layer, self.method.student)
+        self.moments[key] = pack_gram(self._gram(key, before), new_gram)
+        curvature, stored = self._curvature(layer, new_layer), f"{_CURVATURE}/{layer.weight}"
+        total = self._stored(stored, new_layer.shape[1], torch.eye(new_layer.shape[1], dtype=torch.float64))
+        self.moments[stored] = pack_gram(total, curvature)
+        old = Equations(gram, target, total.div_(count))
+        share = self.method.incoming
+        new = Equations(new_gram.mul_(share), new_target.mul_(share), curvature)
+        prior = torch.lerp(old_layer, new_layer, 1 / (count + 1))
+        for name, tensor in layer.assign(fit(old, new, prior, self.method.ridge), self.student.weights).items():
+            self.merged[name] = tensor.sub_(self.state.base.weights[name])
+
+    def _old(self, key: str, before: Tensor, student: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:
+        """G and H of all older tasks, with the drift of this fold."""
+        drift = drift_map(before, student) if self.method.drift else None
+        return old_equations(self._gram(key, before), layer, drift, self.method.drift)
 
     def _gram(self, key: str, before: Tensor) -> Tensor:
-        """The moments of all folded tasks, float64. For tasks that another method folded, without moments, those of
-        the inputs at hand stand in, as the merged network sees them."""
-        stored, size = self.state.statistics.get(key), before.shape[2]
-        covered = 0.0 if stored is None else float(self.state.statistics[_COVERED])
-        missing = max(0.0, self.state.count - covered)
-        gram = 0.0 if stored is None else unpack_gram(stored, size)
-        return gram + missing * moment(before, before) if missing or stored is None else gram  # type: ignore[return-value]
+        """G of all folded tasks; where there are no moments, of the inputs at hand as the merged network sees them."""
+        return self._stored(key, before.shape[2], moment(before, before))
+
+    def _curvature(self, layer: AffineLayer, matrix: Tensor) -> Tensor:
+        """B of the incoming task, as measured, damped."""
+        measured = self.moments.get(f"{_CURVATURE}/{layer.weight}")
+        size = matrix.shape[1]
+        empty = matrix.new_zeros(len(matrix), size, size)
+        return damped(empty if measured is None else unpack_gram(measured, size), self.method.damping)
+
+    def _stored(self, key: str, size: int, stand_in: Tensor) -> Tensor:
+        """A moment summed over all folded tasks, float64 [g, size, size]; `stand_in` for each of the tasks that another
+        method folded, which left none."""
+        stored = self.state.statistics.get(key)
+        if stored is None:
+            return stand_in.mul(self.state.count).expand(1, size, size).clone()
+        missing = self.state.count - float(self.state.statistics[_COVERED])
+        total = unpack_gram(stored, size)
+        return total.add_(stand_in, alpha=missing) if missing else total
 
     def agreement(self, task: str) -> dict[str, float]:
         """Share of inputs on which the merge decides as its teacher: the incoming and the previous task."""

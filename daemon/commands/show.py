@@ -30,6 +30,8 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"generation   {'none yet' if generation is None else generation}")
     print(f"tasks        {', '.join(facts['tasks']) or '–'}")
     print(f"queue        {facts['queue_depth']} waiting, {facts['quarantined']} in quarantine")
+    for held in facts["held"]:
+        print(f"held         {held['id']} {held['file']}: {held['what']}")
     if facts["rss_bytes"]:
         print(f"memory       {facts['rss_bytes'] / 1e6:.0f} MB (process {facts['pid']})")
     if facts["last_error"]:

@@ -97,7 +97,7 @@ def _send(arguments: argparse.Namespace) -> int:
     progress.done()
     print(f"{result.name}: {result.state} ({result.sha256[:12]}…)")
     # It was set aside there before, and sending the same bytes again changes nothing.
-    return 1 if result.state == "quarantined" else 0
+    return 1 if result.state in ("held", "quarantined") else 0
 
 
 def _announce(arguments: argparse.Namespace) -> int:
@@ -126,9 +126,10 @@ def _wait(layout: Layout, sha256: str, seconds: float) -> int:
                 generation = next(row for row in ledger.generations() if row.arrival == arrival.id)
                 print(f"folded into generation {generation.generation}")
                 return 0
-            if arrival is not None and arrival.state == "quarantined":
+            if arrival is not None and arrival.state in ("held", "quarantined"):
                 error = arrival.error or {}
-                print(f"set aside ({error.get('code')}): {error.get('what')}")
+                state = "set aside" if arrival.state == "quarantined" else "held"
+                print(f"{state} ({error.get('code')}): {error.get('what')}")
                 return 1
             time.sleep(0.2)
     finally:

@@ -124,7 +124,7 @@ def test_what_is_changed_on_the_way_counts_from_there_on(mixed):
     assert torch.is_grad_enabled(), "the caller's grad mode is untouched"
 
 
-def test_sensitivity_is_the_gradient_of_each_row(mixed):
+def test_gradients_are_those_of_each_row(mixed):
     model, _, walker = mixed
     kept: dict[str, Tensor] = {}
 
@@ -136,9 +136,12 @@ def test_sensitivity_is_the_gradient_of_each_row(mixed):
     x = X.clone().requires_grad_()
     model(x).square().sum().backward()
     handle.remove()
-    found = walker.sensitivity(weights_of(model), X, lambda f: f.square().sum())
+    found: dict[str, Tensor] = {}
+    walker.gradients(
+        weights_of(model), X, lambda f: f.square().sum(), lambda layer, rows: found.update({layer.node: rows})
+    )
     layer = next(layer for layer in walker.layers if layer.weight == "deep.weight")
-    expected = kept["deep"].grad.reshape(5, 3, 2, -1).square().sum(2).permute(1, 0, 2).reshape(3, -1)
+    expected = kept["deep"].grad.reshape(5, 3, 2, -1).permute(1, 0, 3, 2).reshape(3, -1, 2)
     torch.testing.assert_close(found[layer.node], expected, rtol=1e-4, atol=1e-8)
     assert found.keys() == {layer.node for layer in walker.layers}
 

@@ -245,13 +245,13 @@ def test_damaged_merge_state_stops_folding_and_says_so(make_box):
 
 
 def test_gate_refuses_and_the_last_generation_goes_on_serving(make_box):
-    box: Box = make_box(gate={"agreement": 1.0}, fold={"method": "average"})
+    box: Box = make_box(gate={"conflict": 1.0, "on_conflict": "refuse"}, fold={"method": "average"})
     box.start()
     box.drop(box.bundle("first", seed=1, scale=0.5, calibration=64))
     box.wait_generation(1)
     box.drop(box.bundle("second", seed=2, scale=2.0, calibration=64))
     box.wait(box.reasons, "the refusal")
-    assert box.reasons() == {"second.safetensors": "agreement"}
+    assert box.reasons() == {"second.safetensors": "conflict"}
     assert box.status()["generation"] == 1
     assert os.readlink(box.layout.current) == "generations/000001"
 
