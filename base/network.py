@@ -20,14 +20,15 @@ class Base:
 
     Attributes:
         spec: names, shapes, roles and digest of the tensors.
-        weights: canonical name → float32 tensor, statistics included; counters and the head are left out.
+        weights: canonical name → float32 tensor, statistics included; counters and the head are left out. Of a base
+            in a state directory they stay in the file, and each access reads one anew.
         features: (weights, inputs [n, *input_shape]) → features [n, width], a pure function that is
             differentiable in the weights. `weights` must have the keys of `Base.weights`.
         walker: the same network, layer by layer, for methods that look inside.
     """
 
     spec: BaseSpec
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     features: FeatureFunction
     walker: Walker
 

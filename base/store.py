@@ -9,7 +9,7 @@ base/norms.json           which BatchNorms the skeleton has folded
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from foldd.base.batch_norm import FoldedNorm
 from foldd.base.features import cut_at_features
 from foldd.base.layers import find_layers
+from foldd.base.lazy import Lazy
 from foldd.base.load import input_shape_of
 from foldd.base.network import Base, FeatureFunction
 from foldd.base.roles import read_roles
@@ -33,7 +34,7 @@ from foldd.core.digests import base_digest
 from foldd.core.errors import BadSetup
 from foldd.core.files import build_file, write_file
 from foldd.core.roles import Role
-from foldd.core.tensorfile import open_tensors, write_tensors
+from foldd.core.tensorfile import StoredTensor, open_tensors, write_tensors
 
 
 def store_base(directory: Path, program: ExportedProgram, *, features: str = "", head: str = "") -> BaseSpec:
@@ -58,14 +59,14 @@ def store_base(directory: Path, program: ExportedProgram, *, features: str = "",
 
 
 def open_base(directory: Path) -> Base:
-    """The base as the methods use it.
+    """The base as the methods use it; its weights stay in the file.
 
     Raises:
         BadSetup: `not-initialised`, `broken-state`.
     """
     spec = read_base_spec(directory / "base.json")
     stored = open_tensors(directory / "weights.safetensors").tensors
-    weights = {name: torch.from_numpy(stored[name].float32()) for name in stored}
+    weights = Lazy(stored, lambda name: _read(stored[name]))
     if base_digest((name, tensor.numpy()) for name, tensor in weights.items()) != spec.digest:
         raise BadSetup(
             "broken-state",
@@ -73,14 +74,25 @@ def open_base(directory: Path) -> Base:
             why="a damaged disk, or files of two state directories mixed.",
             remedy="Run `foldd init` into a fresh state directory.",
         )
-    features, walker = network_of(torch.export.load(directory / "program.pt2"))
+    program = torch.export.load(directory / "program.pt2")
+    features, walker = network_of(program, forget=weights)
     return Base(spec, weights, features, walker)
 
 
-def network_of(program: ExportedProgram) -> tuple[FeatureFunction, Walker]:
-    """A captured feature network as a whole and layer by layer; the program's own weights are never touched."""
+def network_of(program: ExportedProgram, *, forget: Collection[str] = ()) -> tuple[FeatureFunction, Walker]:
+    """A captured feature network as a whole and layer by layer; the program's own weights are never touched.
+
+    Args:
+        forget: names of tensors that whoever runs the network will always bring: the network's own go, a whole copy of
+            the model.
+    """
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    for name in forget:
+        owner, _, leaf = name.rpartition(".")
+        place = module.get_submodule(owner)
+        empty = torch.empty(0)
+        setattr(place, leaf, torch.nn.Parameter(empty) if leaf in place._parameters else empty)
 
     def features(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         # functional_call, because the module shares its storage with the program: loading would change both.
@@ -94,6 +106,12 @@ def open_skeleton(directory: Path) -> tuple[Path, tuple[FoldedNorm, ...]]:
     """The skeleton's path and the BatchNorm rules to apply to weights before patching them in."""
     rules = msgspec.json.decode((directory / "norms.json").read_bytes(), type=tuple[FoldedNorm, ...])
     return directory / "skeleton.onnx", rules
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    tensor = torch.empty(stored.shape)
+    stored.read_into(tensor.numpy().reshape(-1))
+    return tensor
 
 
 def _describe(

@@ -18,7 +18,7 @@ from foldd.core.digests import TensorDigest, sha256_file
 from foldd.core.errors import BadCheckpoint
 from foldd.core.files import build_file
 from foldd.core.roles import Role
-from foldd.core.tensorfile import StoredTensor, TensorFile, open_tensors, write_tensors
+from foldd.core.tensorfile import StoredTensor, TensorFile, hand_back, open_tensors, write_tensors
 
 FORMAT = "1"
 MAX_BUNDLE_BYTES = 8 * 1024**3
@@ -299,6 +299,7 @@ def content_digest(tensors: Mapping[str, StoredTensor]) -> str:
     digest = TensorDigest()
     for name in sorted(tensors, key=str.encode):
         digest.add(name, tensors[name].dtype, tensors[name].stored())
+        hand_back(tensors[name].stored())
     return digest.hexdigest()
 
 

@@ -1,15 +1,16 @@
 """`.safetensors` files: read without trusting or loading them, written so that equal content is equal bytes.
 
 On reading, the safetensors library checks the header (offsets, overlaps, total length). Tensors are then viewed through
-one memory map, so that opening a file costs no memory; numpy has no bfloat16, which the library therefore cannot
-hand out and we widen to float32 ourselves. The library's writer puts metadata into random order: a checkpoint
-packed twice would have two digests and be folded twice. So we write the header ourselves.
+one memory map, so that opening a file costs no memory, and what was read of it is handed back. numpy has no bfloat16,
+which the library therefore cannot hand out and we widen to float32 ourselves. The library's writer puts metadata into
+random order: a checkpoint packed twice would have two digests and be folded twice. So we write the header ourselves.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -57,10 +58,19 @@ class StoredTensor:
 
     def float32(self) -> np.ndarray:
         """The values as a fresh float32 array of `shape`."""
-        return np.concatenate(list(self.slices()) or [np.empty(0, np.float32)]).reshape(self.shape)
+        array = np.empty(self.size, np.float32)
+        self.read_into(array)
+        return array.reshape(self.shape)
+
+    def read_into(self, target: np.ndarray) -> None:
+        """Writes the values as float32 into a flat array of `size` elements, and holds no more of them than a piece."""
+        start = 0
+        for piece in self.slices():
+            target[start : start + piece.size] = piece
+            start += piece.size
 
     def slices(self, step: int = 1 << 20) -> Iterator[np.ndarray]:
-        """The values in order as flat float32 pieces of at most `step` elements."""
+        """The values in order as flat float32 pieces of at most `step` elements; what is behind is handed back."""
         flat = self.stored().reshape(-1)
         for start in range(0, flat.size, step):
             piece = flat[start : start + step]
@@ -70,6 +80,7 @@ class StoredTensor:
                 # A float64 beyond float32's range becomes inf, which verification then names.
                 with np.errstate(over="ignore"):
                     yield piece.astype(np.float32)
+            hand_back(piece)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,24 @@ class TensorFile:
     path: Path
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+
+
+def hand_back(array: np.ndarray) -> None:
+    """Lets the kernel have an array's pages, where it is a view of a mapped file: they are read again when needed.
+
+    Mapped pages are nobody's memory, but they count as resident as long as they lie in a process, and a limit on a
+    process' memory sees no difference.
+    """
+    owner: object = array
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    if not isinstance(owner, mmap.mmap) or not array.nbytes or not array.flags.c_contiguous:
+        return
+    first = np.frombuffer(owner, np.uint8).ctypes.data
+    begin = array.ctypes.data - first
+    # Whole pages only, but also those that are shared with neighbours: whoever needs them gets them again.
+    page = begin - begin % mmap.PAGESIZE
+    owner.madvise(mmap.MADV_DONTNEED, page, begin + array.nbytes - page)
 
 
 def header_length(path: Path) -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
@@ -33,7 +36,7 @@ class Average:
         """
         progress(0.0)
         vector = task_vector(state.base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if state.count:
             # A step from the old mean, not a weighted sum: equal vectors then fold to exactly themselves.
             share = 1.0 / (state.count + 1)

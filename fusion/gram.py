@@ -6,44 +6,86 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096  # rows that are multiplied at a time in the rows' own type; chunks are summed in float64
+BLOCK = 768  # columns of a symmetric moment that are computed at a time
+MIRROR_BLOCK = 256  # rows that are transposed at a time: what a cache holds
 _DIAGONAL_FLOOR = 1e-12
 
 
 def moment(one: Tensor, other: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Weighted mean of one·otherᵀ over rows: [g, rows, d] twice → float64 [g, d, d].
+    """Weighted mean of one·otherᵀ over rows: [g, rows, d], [g, rows, e] → float64 [g, d, e].
+
+    Of a matrix with itself only the lower half is multiplied, and mirrored.
 
     Args:
         weight: [g, rows], not negative; None: all rows alike.
     """
     total = one.new_zeros(one.shape[0], one.shape[2], other.shape[2], dtype=torch.float64)
-    if weight is not None:
-        one = one * (weight / weight.sum(1, keepdim=True).clamp_min(_DIAGONAL_FLOOR))[:, :, None]
-    for a, b in zip(torch.split(one, CHUNK, 1), torch.split(other, CHUNK, 1), strict=True):
-        total += (a.transpose(1, 2) @ b).double()
-    return total if weight is not None else total / one.shape[1]
+    add_moment(total, one, other, row_shares(one, weight))
+    if one is other:
+        mirror(total)
+    return total
+
+
+def add_moment(total: Tensor, one: Tensor, other: Tensor, share: Tensor) -> None:
+    """total += Σ share·one·otherᵀ over rows, in place: [g, d, e] float64, [g, rows, d], [g, rows, e], [g, rows].
+
+    Where `one` is `other`, the entries of the upper half that no block of the lower one covers stay as they are.
+    """
+    symmetric = one is other
+    for a, b, c in zip(*(torch.split(rows, CHUNK, 1) for rows in (one, other, share)), strict=True):
+        left = (a * c[:, :, None]).transpose(1, 2)
+        for start in range(0, b.shape[2], BLOCK):
+            first = start if symmetric else 0
+            total[:, first:, start : start + BLOCK] += left[:, first:] @ b[:, :, start : start + BLOCK]
+
+
+def row_shares(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """What each of [g, rows, d] counts for in a mean over rows: [g, rows], their sum is 1 in each group."""
+    if weight is None:
+        return rows.new_full(rows.shape[:2], 1 / rows.shape[1])
+    return weight / weight.sum(1, keepdim=True).clamp_min(_DIAGONAL_FLOOR)
+
+
+def mirror(gram: Tensor) -> None:
+    """Makes the upper half of [g, d, d] the lower one's mirror image, in place."""
+    for start in range(0, gram.shape[1], MIRROR_BLOCK):
+        stop = start + MIRROR_BLOCK
+        square = gram[:, start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).transpose(1, 2))
+        gram[:, start:stop, stop:] = gram[:, stop:, start:stop].transpose(1, 2)
 
 
 def ridge_of(gram: Tensor, share: float) -> Tensor:
-    """`share` of each group's mean diagonal, on the diagonal: float64 [g, d, d]."""
-    scale = share * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_DIAGONAL_FLOOR)
-    return torch.diag_embed(scale[:, None].expand(gram.shape[0], gram.shape[1]))
+    """`share` of each group's mean diagonal: float64 [g]."""
+    return share * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_DIAGONAL_FLOOR)
 
 
 def solve_right(target: Tensor, gram: Tensor) -> Tensor:
-    """target · gram⁻¹ for a positive definite gram: [g, o, d], [g, d, d] → [g, o, d]."""
-    return torch.cholesky_solve(target.transpose(1, 2), torch.linalg.cholesky(gram)).transpose(1, 2)
+    """target · gram⁻¹ for a positive definite gram: [g, o, d], [g, d, d] → [g, o, d].
+
+    Only the lower half of `gram` is read, and it is overwritten.
+    """
+    # A lower triangle by rows is an upper one by columns, which is how the library wants it: no copy is made.
+    factor = torch.linalg.cholesky(gram.mT, upper=True, out=gram.mT)
+    return torch.cholesky_solve(target.mT, factor, upper=True).mT
 
 
-def pack_gram(gram: Tensor) -> Tensor:
-    """A symmetric [g, d, d] as its lower triangle, float32 [g, d·(d+1)/2]: half of the memory."""
-    rows, columns = torch.tril_indices(gram.shape[1], gram.shape[2])
-    return gram[:, rows, columns].float()
+def pack_gram(gram: Tensor, other: Tensor | None = None) -> Tensor:
+    """A symmetric [g, d, d], or the sum of two, as its lower triangle, float32 [g, d·(d+1)/2]: half of the memory."""
+    size, start = gram.shape[1], 0
+    packed = torch.empty(len(gram), size * (size + 1) // 2)
+    for row in range(size):
+        values = gram[:, row, : row + 1]
+        packed[:, start : start + row + 1] = values if other is None else values + other[:, row, : row + 1]
+        start += row + 1
+    return packed
 
 
 def unpack_gram(packed: Tensor, size: int) -> Tensor:
     """The inverse of `pack_gram`: float64 [g, size, size]."""
-    gram = packed.new_zeros(len(packed), size, size, dtype=torch.float64)
-    rows, columns = torch.tril_indices(size, size)
-    gram[:, rows, columns] = packed.double()
-    gram[:, columns, rows] = packed.double()
+    gram, start = packed.new_empty(len(packed), size, size, dtype=torch.float64), 0
+    for row in range(size):
+        gram[:, row, : row + 1] = packed[:, start : start + row + 1]
+        start += row + 1
+    mirror(gram)
     return gram

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
@@ -40,12 +42,14 @@ class MagMax:
         """
         progress(0.0)
         vector = task_vector(state.base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if state.count:
-            merged = {
-                name: torch.where(vector[name].abs() > old.abs(), vector[name], old)
-                for name, old in state.merged.items()
-            }
+            merged = {name: larger(old, vector[name]) for name, old in state.merged.items()}
             merged |= merge_statistics(state.base, state.merged, vector, state.count)
         progress(1.0)
         return finish(self.name, state, checkpoint, vector, merged)
+
+
+def larger(old: Tensor, new: Tensor) -> Tensor:
+    """Of every element the one of larger magnitude, the old one where they are equal."""
+    return torch.where(new.abs() > old.abs(), new, old)

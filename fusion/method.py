@@ -11,7 +11,7 @@ from torch import Tensor
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
 from foldd.fusion.state import HeadTensors, MergeState, as_tensor
-from foldd.fusion.task_vector import cosine, norm
+from foldd.fusion.task_vector import compare, norm
 
 Progress = Callable[[float], None]  # gets 0…1, never falling
 
@@ -123,12 +123,13 @@ def finish(
     new = MergeState(
         base=base,
         merged={name: merged[name] for name in base.weights},
-        statistics=dict(state.statistics if statistics is None else statistics),
+        statistics=state.statistics if statistics is None else dict(statistics),
         heads={name: heads[name] for name in sorted(heads, key=str.encode)},
         calibration=None if checkpoint.inputs is None else as_tensor(checkpoint.inputs),
         previous=task,
         count=state.count + 1,
     )
+    before = compare(base, state.merged, vector)
     warnings = training.warnings
     if refolded:
         warnings += (f"{task} was folded before: its head is replaced, and the old fold stays in the merged weights.",)
@@ -136,9 +137,9 @@ def finish(
         method=method,
         task=task,
         count=new.count,
-        task_vector_norm=norm(base, vector),
-        merged_norm=norm(base, merged),
-        cosine=cosine(base, state.merged, vector) if state.count else None,
+        task_vector_norm=before.second_norm,
+        merged_norm=norm(base, new.merged),
+        cosine=before.cosine if state.count else None,
         refolded=refolded,
         steps=training.steps,
         loss_first=training.loss_first,

@@ -76,7 +76,7 @@ class Opcm:
                 tensor.mul_(shrink)
             scale = 1 / shrink
             merged |= merge_statistics(base, state.merged, vector, state.count)
-        statistics = state.statistics | {STATISTIC: torch.tensor([scale, lengths, number], dtype=torch.float64)}
+        statistics = {**state.statistics, STATISTIC: torch.tensor([scale, lengths, number], dtype=torch.float64)}
         progress(1.0)
         return finish(self.name, state, checkpoint, vector, merged, statistics=statistics)
 

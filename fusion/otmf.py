@@ -23,17 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.base.walk import Lane
 from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
-from foldd.fusion.batches import FORWARD_BATCH, calibration_sets, check_finite
+from foldd.fusion.batches import calibration_sets, check_finite
 from foldd.fusion.gram import moment, pack_gram, unpack_gram
 from foldd.fusion.layer_fit import Sight, drift_map, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
@@ -43,6 +45,7 @@ from foldd.fusion.task_vector import task_vector
 from foldd.fusion.transport import sinkhorn_divergence
 
 MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
+BACKWARD_BATCH = 16  # inputs per pass with gradients, which keeps all activations
 _COVERED = "gram-count"  # how many tasks the moments have seen
 
 
@@ -77,8 +80,9 @@ class Otmf:
     ) -> tuple[MergeState, FoldReport]:
         """Folds one checkpoint in.
 
-        Held at a time beside θ⁰ and the state: the incoming vector, the new merged vector, the new moments (a
-        triangle for each layer), and for one layer at a time its rows and a few of its moments.
+        Held at a time beside θ⁰, the state and the incoming vector, which may all stay in their files: the new merged
+        vector, the new moments (a triangle for each layer), and for one layer at a time its rows and at most four
+        moments in float64.
 
         Raises:
             BadCheckpoint: `no-calibration` where it has no inputs (but for the first fold), `features-not-finite`
@@ -127,9 +131,10 @@ class _Fold:
         self.merged = _means(state, vector)
         self.moments: dict[str, Tensor] = {}
         both = torch.cat([incoming, previous])
-        self.teacher = Lane(_Sum(base.weights, vector), incoming)
-        self.before = Lane(_Sum(base.weights, state.merged), both)
-        self.student = Lane(_Sum(base.weights, self.merged), both)
+        self.teacher, self.before, self.student = (
+            Lane(_sum(base, change), inputs)
+            for change, inputs in ((vector, incoming), (state.merged, both), (self.merged, both))
+        )
 
     @property
     def features(self) -> list[Tensor]:
@@ -141,18 +146,20 @@ class _Fold:
 
         The classes are drawn from what the incoming model itself decides, as for a Fisher information.
         """
-        power = self.method.sensitivity
+        power, inputs = self.method.sensitivity, self.teacher.inputs
         if not power:
             return {}
+        noise = torch.empty(len(inputs), len(self.head.bias)).exponential_(generator=generator)
 
-        def surprise(features: Tensor) -> Tensor:
+        def surprise(features: Tensor, noise: Tensor) -> Tensor:
             logits = self.head.logits(features)
-            drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+            # Of values p/e with e exponential, each is the largest with probability p.
+            drawn = (logits.detach().softmax(1) / noise).argmax(1)
             return F.cross_entropy(logits, drawn, reduction="sum")
 
         pieces = [
-            self.walker.sensitivity(self.teacher.weights, piece, surprise)
-            for piece in torch.split(self.teacher.inputs, FORWARD_BATCH)
+            self.walker.sensitivity(self.teacher.weights, piece, partial(surprise, noise=e))
+            for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True)
         ]
         return {node: torch.cat([piece[node] for piece in pieces], 1) ** power for node in pieces[0]}
 
@@ -160,32 +167,50 @@ class _Fold:
         """Fits one layer after the other, and lets the merge go on with it."""
         lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
         for layer, inputs in self.walker.walk(lanes):
-            key = f"gram/{layer.weight}"
-            own, *rest = (layer.rows(x, self.vector[layer.weight]) for x in inputs)
-            weight = weights.get(layer.node)
+            key, weight = f"gram/{layer.weight}", weights.get(layer.node)
+            shape = self.state.base.weights[layer.weight]
+            own, *rest = (layer.rows(x, shape) for x in inputs)
+            del inputs, shape
             if self.first:
                 self.moments[key] = pack_gram(moment(own, own, weight))
                 yield
                 continue
             before, student = rest
-            seen = own.shape[1]  # rows of the incoming inputs; the previous task's follow
             old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
-            gram = self._gram(key, before)
-            drift = drift_map(before, student) if self.method.drift else None
-            incoming, target = Sight(own, student[:, :seen], weight).equations(new_layer, self.method.student)
-            again = Sight(before[:, seen:], student[:, seen:]).equations(old_layer, 1.0)
-            parts = [
-                (1.0, *old_equations(gram, old_layer, drift, self.method.drift)),
-                (self.method.previous, *again),
-                (self.method.incoming, incoming, target),
-            ]
-            count = self.state.count
-            prior = (old_layer * count + new_layer) / (count + 1)
+            prior = torch.lerp(old_layer, new_layer, 1 / (self.state.count + 1))
+            parts = self._parts(key, (own, before, student), weight, (old_layer, new_layer))
             tensors = layer.assign(fit(parts, prior, self.method.ridge), self.student.weights)
             for name, tensor in tensors.items():
                 self.merged[name] = tensor.sub_(self.state.base.weights[name])
-            self.moments[key] = pack_gram(gram + incoming)
+            del (
+                own,
+                before,
+                student,
+                rest,
+                parts,
+                prior,
+                old_layer,
+                new_layer,
+                tensors,
+            )  # before the walk goes on
             yield
+
+    def _parts(
+        self, key: str, rows: tuple[Tensor, Tensor, Tensor], weight: Tensor | None, layers: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Weights and equations: of all older tasks, of the previous task's inputs again, of the incoming task."""
+        own, before, student = rows
+        old_layer, new_layer = layers
+        seen = own.shape[1]  # rows of the incoming inputs; the previous task's follow
+        drift = drift_map(before, student) if self.method.drift else None
+        yield 1.0, *old_equations(self._gram(key, before), old_layer, drift, self.method.drift)
+        del drift
+        if self.method.previous:
+            again = Sight(before[:, seen:], student[:, seen:])
+            yield self.method.previous, *again.equations(old_layer, 1.0)
+        gram, target = Sight(own, student[:, :seen], weight).equations(new_layer, self.method.student)
+        self.moments[key] = pack_gram(self._gram(key, before), gram)
+        yield self.method.incoming, gram, target
 
     def _gram(self, key: str, before: Tensor) -> Tensor:
         """The moments of all folded tasks, float64. For tasks that another method folded, without moments, those of
@@ -217,20 +242,9 @@ class _Fold:
             yield previous, self.state.heads[previous], (student[self.split :], before[self.split :])
 
 
-class _Sum(Mapping[str, Tensor]):
+def _sum(base: Base, vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """θ⁰ + a vector, summed when it is asked for: no copy of the weights is held."""
-
-    def __init__(self, base: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> None:
-        self._base, self._vector = base, vector
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._base[name] + self._vector[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
+    return Lazy(base.weights, lambda name: base.weights[name] + vector[name])
 
 
 def _means(state: MergeState, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:

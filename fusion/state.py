@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.core.errors import BadSetup
+from foldd.core.tensorfile import hand_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,8 @@ class HeadTensors:
 class MergeState:
     """The merge so far. Tensors are never changed in place: a fold returns a new state.
 
+    Of a state that was read from a file, `merged` and `statistics` stay there, and each access reads a tensor.
+
     Attributes:
         base: θ⁰; not serialised, its digest is.
         merged: merged task vector θ_merged − θ⁰: the names of `base.weights`, statistics included, float32.
@@ -43,8 +47,8 @@ class MergeState:
     """
 
     base: Base
-    merged: dict[str, Tensor]
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    merged: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
     heads: dict[str, HeadTensors] = field(default_factory=dict)
     calibration: Tensor | None = None
     previous: str | None = None
@@ -53,7 +57,7 @@ class MergeState:
 
 def empty_state(base: Base) -> MergeState:
     """The state before the first fold: θ⁰ itself."""
-    return MergeState(base, {name: torch.zeros_like(weight) for name, weight in base.weights.items()})
+    return MergeState(base, Lazy(base.weights, lambda name: torch.zeros_like(base.weights[name])))
 
 
 def merged_weights(state: MergeState) -> dict[str, Tensor]:
@@ -62,7 +66,8 @@ def merged_weights(state: MergeState) -> dict[str, Tensor]:
 
 
 def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The state as arrays and string metadata for one `.safetensors` file; fresh, contiguous copies.
+    """The state as arrays and string metadata for one `.safetensors` file: contiguous, and views that nobody may write
+    to, so that a state in memory is not held twice.
 
     Names: `merged/<name>`, `statistics/<name>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`.
     """
@@ -75,11 +80,17 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     metadata = {"count": str(state.count), "base": state.base.spec.digest}
     if state.previous is not None:
         metadata["previous"] = state.previous
-    return {name: np.array(tensor.detach().numpy(), order="C", copy=True) for name, tensor in tensors.items()}, metadata
+    arrays = {name: np.asarray(tensor.detach().numpy(), order="C").view() for name, tensor in tensors.items()}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays, metadata
 
 
 def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> MergeState:
-    """Reads what `pack` wrote, bit for bit.
+    """Reads what `pack` wrote, bit for bit; merged vector and statistics are read with each access.
+
+    Args:
+        tensors: name → array; views of a mapped file are handed back to it after each reading.
 
     Raises:
         BadSetup: `broken-state` where tensors are missing or misshapen, `wrong-base` where it belongs to another θ⁰.
@@ -92,18 +103,21 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
             why="the base was replaced under an existing state directory.",
             remedy="Put the old base back, or start a fresh state directory.",
         )
-    groups: dict[str, dict[str, Tensor]] = {"merged": {}, "statistics": {}, "heads": {}, "calibration": {}}
+    groups: dict[str, dict[str, np.ndarray]] = {"merged": {}, "statistics": {}, "heads": {}, "calibration": {}}
     for name in sorted(tensors, key=str.encode):
         group, _, rest = name.partition("/")
         if group not in groups:
             raise _broken(f"it has a tensor {name!r} that no state has")
-        groups[group][rest] = as_tensor(tensors[name])
+        groups[group][rest] = tensors[name]
     merged = groups["merged"]
     if merged.keys() != base.weights.keys():
         raise _broken(f"its names differ from the base's in {sorted(merged.keys() ^ base.weights.keys())[:3]}")
-    if bad := [name for name, tensor in merged.items() if tensor.shape != base.weights[name].shape]:
-        raise _broken(f"{bad[0]} is {list(merged[bad[0]].shape)}, the base's is {list(base.weights[bad[0]].shape)}")
-    heads = groups["heads"]
+    shapes = {name: base.spec.tensors[name].shape for name in merged}
+    if bad := [name for name, array in merged.items() if array.shape != shapes[name]]:
+        raise _broken(f"{bad[0]} is {list(merged[bad[0]].shape)}, the base's is {list(shapes[bad[0]])}")
+    statistics = groups["statistics"]
+    heads = {name: as_tensor(array) for name, array in groups["heads"].items()}
+    inputs = groups["calibration"].get("inputs")
     tasks = sorted({name.rpartition("/")[0] for name in heads}, key=str.encode)
     if missing := [f"{task}/{part}" for task in tasks for part in ("weight", "bias") if f"{task}/{part}" not in heads]:
         raise _broken(f"it lacks heads/{missing[0]}")
@@ -112,23 +126,24 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
         raise _broken(f"its count is {count!r}")
     return MergeState(
         base=base,
-        merged={name: merged[name] for name in base.weights},  # order is part of the state: sums follow it
-        statistics=groups["statistics"],
+        merged=Lazy(base.weights, lambda name: as_tensor(merged[name])),  # order is part of the state: sums follow it
+        statistics=Lazy(statistics, lambda name: as_tensor(statistics[name])),
         heads={task: HeadTensors(heads[f"{task}/weight"], heads[f"{task}/bias"]) for task in tasks},
-        calibration=groups["calibration"].get("inputs"),
+        calibration=None if inputs is None else as_tensor(inputs),
         previous=metadata.get("previous"),
         count=int(count),
     )
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A fresh tensor with the array's values.
+    """A fresh tensor with the array's values; a mapped file gets the array's pages back.
 
     It is allocated by torch, whose buffers are all aligned alike: kernels may sum an oddly aligned one in another
     order, and then a replayed fold would differ in its last bits.
     """
     tensor = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
     tensor.numpy()[...] = array
+    hand_back(array)
     return tensor
 
 

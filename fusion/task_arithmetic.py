@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
@@ -40,7 +43,7 @@ class TaskArithmetic:
         """
         progress(0.0)
         vector = task_vector(state.base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if state.count:
             old_scaling = self.scaling if state.count == 1 else 1.0
             merged = {name: old_scaling * old + self.scaling * vector[name] for name, old in state.merged.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -60,7 +61,7 @@ class Ties:
         progress(0.0)
         base = state.base
         vector = task_vector(base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if state.count:
             weight = self.scaling if self.adds and state.count == 1 else 1.0
             old_least = least_kept(base, state.merged, self.density)
@@ -80,12 +81,13 @@ class Ties:
 
 def least_kept(base: Base, vector: Mapping[str, Tensor], density: float) -> float:
     """The smallest magnitude among the ⌊density·n⌋ largest (at least one) of all tensors but statistics."""
-    parts = [vector[name] for name in base.weights if base.role(name) is not Role.STATISTIC]
-    magnitudes = np.empty(sum(part.numel() for part in parts), dtype=np.float32)
+    names = [name for name in base.weights if base.role(name) is not Role.STATISTIC]
+    magnitudes = np.empty(sum(math.prod(base.spec.tensors[name].shape) for name in names), dtype=np.float32)
     start = 0
-    for part in parts:
-        np.abs(part.numpy().reshape(-1), out=magnitudes[start : start + part.numel()])
-        start += part.numel()
+    for name in names:
+        part = vector[name].numpy().reshape(-1)
+        np.abs(part, out=magnitudes[start : start + part.size])
+        start += part.size
     # In place, and without the index array, twice as large, that torch's kthvalue makes.
     place = len(magnitudes) - min(max(1, int(density * len(magnitudes))), len(magnitudes))
     magnitudes.partition(place)

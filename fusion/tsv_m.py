@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,7 +61,7 @@ class TsvM:
         progress(0.0)
         base, count = state.base, state.count
         vector = task_vector(base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if count:
             merged = {}
             scaled = self.alpha if count > 1 else 1.0

@@ -90,8 +90,8 @@ def test_the_drift_map_is_ridge_regression_shrunk_to_the_identity() -> None:
     assert torch.equal(drift_map(before, before), torch.eye(4, dtype=torch.float64)[None])
     change = torch.eye(4, dtype=torch.float64) + 0.3 * rows(4, 4, seed=2)[0]
     got = drift_map(before, before @ change.T)
-    penalty = ridge_of(gram, 0.1)
-    expected = (change - torch.eye(4)) @ gram[0] @ torch.linalg.inv(gram[0] + penalty[0]) + torch.eye(4)
+    penalty = ridge_of(gram, 0.1)[0] * torch.eye(4)
+    expected = (change - torch.eye(4)) @ gram[0] @ torch.linalg.inv(gram[0] + penalty) + torch.eye(4)
     torch.testing.assert_close(got[0], expected)
 
 
@@ -110,7 +110,7 @@ def test_old_equations_are_those_of_the_moved_inputs() -> None:
 def test_solve_right() -> None:
     gram = moment(rows(50, 6, seed=1), rows(50, 6, seed=1))
     target = rows(2, 6, seed=2)
-    torch.testing.assert_close(solve_right(target, gram) @ gram, target)
+    torch.testing.assert_close(solve_right(target, gram.clone()) @ gram, target)
 
 
 # --- the fold

@@ -62,7 +62,7 @@ def test_ties_against_plain_loops(
 
 def test_trimming_is_over_the_whole_vector(mlp: Base, make: Any) -> None:
     """A tensor of small changes loses all of them, whatever its own largest are."""
-    one, two = (task_vector(mlp, make(mlp, task, seed)) for task, seed in (("a", 1), ("b", 2)))
+    one, two = (dict(task_vector(mlp, make(mlp, task, seed))) for task, seed in (("a", 1), ("b", 2)))
     two["two.weight"] = two["two.weight"] * 1e-3
     state = fold_all(Ties(density=0.2), mlp, make, [{n: v * 1e-6 for n, v in one.items()}, two])
     kept = {name: int((state.merged[name].abs() > 1e-4).sum()) for name in mlp.weights}
