@@ -1,7 +1,8 @@
 """One method's process in `fold_cost`: folds what it is told, from file to file as foldd's worker does, and counts.
 
-Arguments: the base's folder, the method, its options as JSON. A line of JSON on standard input for each fold: `bundle`,
-`state` (a file or null), `target` (the state after the fold); or `activations`: a bundle. Answers are lines of JSON.
+Arguments: the base's folder, the method, its options as JSON, threads. A line of JSON on standard input for each fold:
+`bundle`, `state` (a file or null), `target` (the state after the fold); or `activations`: a bundle. Answers are lines
+of JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from foldd.base.store import open_base
 from foldd.base.walk import Lane
 from foldd.core.bundle import open_bundle
 from foldd.core.tensorfile import open_tensors
-from foldd.daemon.memory import peak_rss_bytes, reset_peak, rss_bytes
+from foldd.daemon.memory import peak_rss_bytes, reset_peak, return_freed_memory, rss_bytes
 from foldd.daemon.methods import METHODS
 from foldd.daemon.pipeline import save_state, tensor_bytes
 from foldd.fusion.method import FoldMethod
@@ -35,8 +36,10 @@ def main(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")  # torch's loader warns of its own deprecations
     folder, name, options = Path(arguments[0]), arguments[1], json.loads(arguments[2])
     method: FoldMethod = (OtmfNaive if name == "otmf-naive" else METHODS[name])(**options)
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True)  # as the worker
+    torch.set_num_threads(int(arguments[3]))
+    return_freed_memory()  # this and the next three as the worker
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     baseline = rss_bytes()
     base = open_base(folder)

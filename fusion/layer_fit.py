@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldd.fusion.gram import add_moment, mirror, ridge_of, row_shares, solve_right
+from foldd.fusion.gram import BLOCK, add_moment, mirror, ridge_of, row_shares, solve_right
 
 DRIFT_RIDGE = 0.1  # of the map from old to new inputs: a hundred inputs do not know a thousand directions
 
@@ -71,7 +71,8 @@ def old_equations(gram: Tensor, layer: Tensor, drift: Tensor | None, share: floa
     """G and H of all tasks folded so far, which are known by their second moments alone.
 
     Their inputs x have become about R·x by the layers changed so far. The equations of x and of R·x are mixed:
-    E‖W·x − W_old·x‖² and E‖W·R·x − W_old·x‖² both have moments of x only.
+    E‖W·x − W_old·x‖² and E‖W·R·x − W_old·x‖² both have moments of x only. Of the G given back only the lower half is
+    right.
 
     Args:
         gram: G of the old inputs as they were; it is overwritten.
@@ -83,7 +84,10 @@ def old_equations(gram: Tensor, layer: Tensor, drift: Tensor | None, share: floa
         return gram, target
     moved = gram @ drift.transpose(1, 2)
     target.baddbmm_(layer, moved, beta=1 - share, alpha=share)
-    return gram.baddbmm_(drift, moved, beta=1 - share, alpha=share), target
+    for start in range(0, gram.shape[1], BLOCK):  # R·G·Rᵀ is symmetric: the lower half is enough
+        part = gram[:, start:, start : start + BLOCK]
+        part.mul_(1 - share).add_(drift[:, start:] @ moved[:, :, start : start + BLOCK], alpha=share)
+    return gram, target
 
 
 def fit(parts: Iterable[tuple[float, Tensor, Tensor]], prior: Tensor, ridge: float) -> Tensor:

@@ -93,10 +93,11 @@ class Otmf:
         if not state.count and checkpoint.inputs is None:
             progress(1.0)
             return finish(self.name, state, checkpoint, vector, vector)
-        (previous, incoming), warnings = calibration_sets(state, checkpoint)
+        sets, warnings = calibration_sets(state, checkpoint)
         if not state.count:
             warnings = ()  # no task came before that could have left inputs
-        fold = _Fold(self, state, vector, head_of(checkpoint), previous[:MAX_INPUTS], incoming[:MAX_INPUTS])
+        fold = _Fold(self, state, vector, head_of(checkpoint), *(inputs[:MAX_INPUTS] for inputs in sets))
+        del sets  # the walk lets them go when it is behind the first layer
         weights = fold.sensitivity(torch.Generator().manual_seed(seed))
         layers = len(fold.walker.layers)
         for done, _ in enumerate(fold.layers(weights), 1):
@@ -130,7 +131,7 @@ class _Fold:
         self.vector = vector
         self.merged = _means(state, vector)
         self.moments: dict[str, Tensor] = {}
-        both = torch.cat([incoming, previous])
+        both = incoming if self.first else torch.cat([incoming, previous])
         self.teacher, self.before, self.student = (
             Lane(_sum(base, change), inputs)
             for change, inputs in ((vector, incoming), (state.merged, both), (self.merged, both))
