@@ -129,7 +129,7 @@ class _Fold:
         self.first = not state.count
         self.split = len(incoming)
         self.vector = vector
-        self.merged = _means(state, vector)
+        self.merged: dict[str, Tensor] = {}  # filled when the walk begins: the gradients' pass needs the room
         self.moments: dict[str, Tensor] = {}
         both = incoming if self.first else torch.cat([incoming, previous])
         self.teacher, self.before, self.student = (
@@ -167,6 +167,7 @@ class _Fold:
     def layers(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
         lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
+        self.merged.update(_means(self.state, self.vector))
         for layer, inputs in self.walker.walk(lanes):
             key, weight = f"gram/{layer.weight}", weights.get(layer.node)
             shape = self.state.base.weights[layer.weight]
