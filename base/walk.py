@@ -22,7 +22,10 @@ from foldd.base.layers import AffineLayer
 
 @dataclass
 class Lane:
-    """One network on its way: weights by canonical name, looked up when a node needs them, and inputs [n, …]."""
+    """One network on its way: weights by canonical name, looked up when a node needs them, and inputs [n, …].
+
+    A walk takes the inputs away, so that they are gone when no node needs them any more.
+    """
 
     weights: Mapping[str, Tensor]
     inputs: Tensor
@@ -62,6 +65,8 @@ class Walker:
                 yield layer, [lane.values[node.args[0]] for lane in lanes]
             for lane in lanes:
                 self._run(node, lane)
+                if node.op == "placeholder":
+                    lane.inputs = lane.inputs.new_empty(0)
                 for dead in self._dead_after[node]:
                     lane.values.pop(dead, None)
 

@@ -1,4 +1,4 @@
-"""Twenty folds of one base in one worker: what grows? `make bench-growth`.
+"""Fifty folds of one base in one worker: what grows? `make bench-growth`.
 
 `tensor_bytes`: all tensors alive in the worker after the fold, the heads taken off (`head_bytes`: weights and bias of
 each task). `state_bytes` and `artifact_bytes`: the merge state and the model, which may grow by a head, its name and
@@ -24,7 +24,7 @@ NAMES_BYTES = 1000  # a task's name in tensors, nodes and outputs
 
 def main() -> int:
     parser = options(__doc__ or "")
-    parser.add_argument("--folds", type=int, default=20)
+    parser.add_argument("--folds", type=int, default=50)
     arguments = parser.parse_args()
     from networks import residual
     from simulator import Box

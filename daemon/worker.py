@@ -23,7 +23,7 @@ import msgspec
 from foldd.core.errors import BadInput, BadSetup, FolddError, Held, Refused
 from foldd.daemon.jobs import Failed, Hello, Staged, decode_job, encode_line
 from foldd.daemon.layout import Layout
-from foldd.daemon.memory import rss_bytes
+from foldd.daemon.memory import return_freed_memory, rss_bytes
 
 _PR_SET_PDEATHSIG = 1
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
@@ -49,7 +49,9 @@ def _serve(layout: Layout, jobs: BinaryIO, answers: BinaryIO) -> int:
     from foldd.base.store import open_base
     from foldd.daemon.pipeline import fold_job
 
+    return_freed_memory()
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else all is written twice
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     baseline = rss_bytes()
 

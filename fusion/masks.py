@@ -17,6 +17,7 @@ from foldd.base.network import Base
 from foldd.core.roles import Role
 
 Shape = tuple[int, ...]
+Take = Callable[[str, Tensor], None]  # gets a tensor's name and its mask's gradient
 
 
 def factor_shapes(base: Base, name: str, *, channels: bool) -> tuple[Shape, ...]:
@@ -56,6 +57,7 @@ class MaskedMerge:
         """Takes the two task vectors, the merged statistics as differences to the base, and (a, b)."""
         self._base, self._vectors, self._statistics, self._scale = base, (pre, post), dict(statistics), scale
         self._sides: tuple[Tensor, ...] = ()
+        self._take: Take | None = None
         self._places: dict[str, list[tuple[slice, Shape]]] = {}
         self.weights = {name: torch.empty_like(weight).copy_(weight) for name, weight in base.weights.items()}
         count = 0
@@ -79,6 +81,11 @@ class MaskedMerge:
             side.fill_(1.0)
             for places in self._places.values():
                 side[places[0][0]] = value
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """The names that have masks: all but the statistics."""
+        return tuple(self._places)
 
     def factors(self, side: Tensor, name: str) -> list[Tensor]:
         """One tensor's factors within `pre`, `post` or a tensor like them: views."""
@@ -104,10 +111,25 @@ class MaskedMerge:
 
     def backward(self, loss: Tensor, *sides: Tensor) -> None:
         """Fills `.grad` of the given sides (`pre`, `post`) from a loss on `weights`; the others' becomes None."""
-        self._sides = sides
+        self._sides, self._take = sides, None
         for side in (self.pre, self.post):
             side.grad = torch.zeros_like(side) if any(side is s for s in sides) else None
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def backward_by_tensor(self, loss: Tensor, side: Tensor, take: Take) -> None:
+        """Hands the gradient of one side (`pre` or `post`) over tensor by tensor, as soon as it is known.
+
+        What `take` does to that tensor's mask meanwhile changes no other gradient: a whole one is never held. For masks
+        of one factor, per element.
+        """
+        self._sides, self._take = (side,), take
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def write_merged(self, target: Mapping[str, Tensor]) -> None:
+        """Writes the merged task vector under the present masks into tensors that are there."""
+        for name, tensor in target.items():
+            tensor.copy_(self._vector(name, self.pre, self.post))
 
     @torch.no_grad()
     def merged(self, pre: Tensor, post: Tensor) -> dict[str, Tensor]:
@@ -129,7 +151,12 @@ class MaskedMerge:
         if gradient is None:
             return
         for side, vector, scale in zip((self.pre, self.post), self._vectors, self._scale, strict=True):
-            if side.grad is None or not any(side is s for s in self._sides):
+            if not any(side is s for s in self._sides):
+                continue
+            if self._take is not None:
+                self._take(name, gradient.mul_(vector[name]).mul_(scale))
+                continue
+            if side.grad is None:
                 continue
             product = (gradient * vector[name]).mul_(scale)
             factors = self.factors(side, name)

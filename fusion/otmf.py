@@ -96,10 +96,11 @@ class Otmf:
         if not state.count and checkpoint.inputs is None:
             progress(1.0)
             return finish(self.name, state, checkpoint, vector, vector)
-        (previous, incoming), warnings = calibration_sets(state, checkpoint)
+        sets, warnings = calibration_sets(state, checkpoint)
         if not state.count:
             warnings = ()  # no task came before that could have left inputs
-        fold = _Fold(self, state, vector, head_of(checkpoint), previous[:MAX_INPUTS], incoming[:MAX_INPUTS])
+        fold = _Fold(self, state, vector, head_of(checkpoint), *(inputs[:MAX_INPUTS] for inputs in sets))
+        del sets  # the walk lets them go when it is behind the first layer
         fold.measure_curvature(torch.Generator().manual_seed(seed))
         layers = len(fold.walker.layers)
         for done, _ in enumerate(fold.layers(), 1):
@@ -131,9 +132,9 @@ class _Fold:
         self.first = not state.count
         self.split = len(incoming)
         self.vector = vector
-        self.merged = _means(state, vector)
+        self.merged: dict[str, Tensor] = {}  # filled when the walk begins: the gradients' pass needs the room
         self.moments: dict[str, Tensor] = {}
-        both = torch.cat([incoming, previous])
+        both = incoming if self.first else torch.cat([incoming, previous])
         self.teacher, self.before, self.student = (
             Lane(_sum(base, change), inputs)
             for change, inputs in ((vector, incoming), (state.merged, both), (self.merged, both))
@@ -160,7 +161,7 @@ class _Fold:
             return F.cross_entropy(logits, drawn, reduction="sum")
 
         def take(layer: AffineLayer, rows: Tensor) -> None:
-            key, part = f"{_CURVATURE}/{layer.weight}", moment(rows, rows)
+            key, part = f"{_CURVATURE}/{layer.weight}", moment(rows, rows).mul_(rows.shape[1])
             known = self.moments.get(key)
             self.moments[key] = pack_gram(part if known is None else part.add_(unpack_gram(known, part.shape[1])))
 
@@ -171,6 +172,7 @@ class _Fold:
     def layers(self) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
         lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
+        self.merged.update(_means(self.state, self.vector))
         for layer, inputs in self.walker.walk(lanes):
             shape = self.state.base.weights[layer.weight]
             rows = [layer.rows(x, shape) for x in inputs]

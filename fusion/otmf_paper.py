@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
@@ -48,6 +49,10 @@ class OtmfPaper:
     ) -> tuple[MergeState, FoldReport]:
         """Folds one checkpoint in.
 
+        Held at a time beside θ⁰, the state and the incoming vector, which may all stay in their files, in multiples of
+        the model: the student's weights 1, the masks 2, Adam's moments 4, the best merge so far 1; activations of one
+        batch.
+
         Raises:
             BadCheckpoint: `no-calibration` where it has no inputs (but for the first fold), `features-not-finite`
                 where its network overflows on them, `missing-tensors`.
@@ -73,10 +78,11 @@ class OtmfPaper:
         )
         check_finite(checkpoint.task, *teachers)
         generator = torch.Generator().manual_seed(seed)
-        sides = (masked.pre, masked.post)
         draws = tuple(batches(len(x), self.batch, generator) for x in inputs)
-        optimisers = tuple(torch.optim.Adam([side], lr=self.learning_rate) for side in sides)
-        best, losses = (masked.pre.clone(), masked.post.clone()), []
+        sides = (_Side(masked, masked.pre, self.learning_rate), _Side(masked, masked.post, self.learning_rate))
+        best = {name: torch.empty_like(weight) for name, weight in masked.weights.items()}
+        masked.write_merged(best)
+        losses: list[float] = []
         for step in range(self.steps):
             turn = step % 2
             index = next(draws[turn])
@@ -85,9 +91,8 @@ class OtmfPaper:
             loss = sinkhorn_divergence(features, teachers[turn][index], blur=self.blur)
             losses.append(float(loss.detach()))
             if losses[-1] <= min(losses):
-                best = (masked.pre.clone(), masked.post.clone())
-            masked.backward(loss, sides[turn])
-            optimisers[turn].step()
+                masked.write_merged(best)
+            sides[turn].step(loss)
             progress((step + 1) / self.steps)
         training = Training(
             steps=self.steps,
@@ -96,4 +101,21 @@ class OtmfPaper:
             loss_best=min(losses, default=None),
             warnings=warnings,
         )
-        return finish(self.name, state, checkpoint, vector, masked.merged(*best), training=training)
+        return finish(self.name, state, checkpoint, vector, best, training=training)
+
+
+class _Side:
+    """One of the two masks with Adam's moments, which take a step for each tensor as soon as its gradient is known."""
+
+    def __init__(self, masked: MaskedMerge, side: Tensor, learning_rate: float) -> None:
+        self._masked, self._side = masked, side
+        self._masks = {name: masked.factors(side, name)[0] for name in masked.masked}
+        self._optimisers = {name: torch.optim.Adam([mask], lr=learning_rate) for name, mask in self._masks.items()}
+
+    def step(self, loss: Tensor) -> None:
+        self._masked.backward_by_tensor(loss, self._side, self._take)
+
+    def _take(self, name: str, gradient: Tensor) -> None:
+        self._masks[name].grad = gradient
+        self._optimisers[name].step()
+        self._masks[name].grad = None

@@ -271,3 +271,27 @@ def test_the_share_of_the_incoming_task_is_a_setting(mlp: Base, make: Any) -> No
         float((run(Otmf(incoming=share), mlp, *tasks).merged["one.weight"] - new).norm()) for share in (0.2, 1, 5)
     ]
     assert distances == sorted(distances, reverse=True)
+
+
+def test_how_many_inputs_pass_at_a_time_does_not_matter(mlp: Base, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [make(mlp, task, i, inputs=40) for i, task in enumerate("ab")]
+    whole = run(Otmf(), mlp, *tasks).merged
+    monkeypatch.setattr("foldd.fusion.otmf.BACKWARD_BATCH", 7)
+    for name, tensor in run(Otmf(), mlp, *tasks).merged.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_many_columns_are_made_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(60, 11, seed=1)
+    expected = torch.einsum("grd,gre->gde", x, x) / 60
+    monkeypatch.setattr("foldd.fusion.gram.BLOCK", 4)
+    monkeypatch.setattr("foldd.fusion.gram.MIRROR_BLOCK", 3)
+    gram = moment(x, x)
+    torch.testing.assert_close(gram, expected)
+    assert torch.equal(gram, gram.mT)
+    assert torch.equal(unpack_gram(pack_gram(gram), 11), gram.float().double())
+    assert torch.equal(pack_gram(gram, 2 * gram), (3 * gram)[:, *torch.tril_indices(11, 11)].float())
+    drift = torch.eye(11, dtype=torch.float64) + 0.3 * rows(11, 11, seed=2)
+    moved = x @ drift.transpose(1, 2)
+    got = old_equations(gram, rows(3, 11, seed=3), drift, 1.0)[0]
+    torch.testing.assert_close(got, moment(moved, moved))
