@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from foldd.core.errors import BadCheckpoint
+from foldd.core.tensorwriter import Entry, lay_out
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_GLANCE_BYTES = 1024 * 1024
@@ -40,6 +41,7 @@ class StoredTensor:
     name: str
     dtype: str  # as safetensors spells it: F32, BF16, I64, …
     shape: tuple[int, ...]
+    start: int  # byte of the file
     _raw: np.ndarray  # uint8 view of the map
 
     @property
@@ -158,29 +160,20 @@ def open_tensors(path: Path) -> TensorFile:
         # Zero-size tensors may have any other dimensions, and numpy refuses to view the largest ones.
         if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > 2**62:
             raise BadCheckpoint("bad-shape", f"{path.name}: tensor {name!r} has shape {str(list(shape))[:100]}.")
-        raw = np.asarray(data[8 + length + begin : 8 + length + end])
-        tensors[name] = StoredTensor(name, dtype, shape, raw)
+        first = 8 + length + begin
+        tensors[name] = StoredTensor(name, dtype, shape, first, np.asarray(data[first : 8 + length + end]))
     return TensorFile(path, tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file whose bytes depend on nothing but the content; wide types first, so that all are aligned.
+    """Writes a file whose bytes depend on nothing but the content.
 
     Not durable by itself: call it inside `files.build_file`.
     """
     spelling = {np.dtype(kind): name for name, kind in _NUMPY.items()}
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name.encode()))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in names:
-        array = tensors[name]
-        end = offset + array.nbytes
-        header[name] = {"dtype": spelling[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    layout = lay_out({name: Entry(spelling[a.dtype], a.shape) for name, a in tensors.items()}, metadata)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
+        file.write(layout.header)
+        for name in layout.places:
             array = np.ascontiguousarray(tensors[name])
             file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
