@@ -63,15 +63,17 @@ class StoredTensor:
 
     def slices(self, step: int = 1 << 20) -> Iterator[np.ndarray]:
         """The values in order as flat float32 pieces of at most `step` elements."""
-        flat = self.stored().reshape(-1)
-        for start in range(0, flat.size, step):
-            piece = flat[start : start + step]
-            if self.dtype == "BF16":
-                yield (piece.astype(np.uint32) << 16).view(np.float32)
-            else:
-                # A float64 beyond float32's range becomes inf, which verification then names.
-                with np.errstate(over="ignore"):
-                    yield piece.astype(np.float32)
+        for start in range(0, self.size, step):
+            yield self.piece(start, start + step)
+
+    def piece(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` … `stop` in order, as a fresh flat float32 array."""
+        piece = self.stored().reshape(-1)[start:stop]
+        if self.dtype == "BF16":
+            return (piece.astype(np.uint32) << 16).view(np.float32)
+        # A float64 beyond float32's range becomes inf, which verification then names.
+        with np.errstate(over="ignore"):
+            return piece.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,29 @@ from foldd.core.errors import BadSetup
 from foldd.fusion.offline.average import OfflineAverage
 from foldd.fusion.offline.contract import OfflineMethod
 from foldd.fusion.offline.dare import OfflineDare
+from foldd.fusion.offline.fisher import OfflineFisher
+from foldd.fusion.offline.lore import OfflineLore
 from foldd.fusion.offline.magmax import OfflineMagMax
+from foldd.fusion.offline.regmean import OfflineRegMean
+from foldd.fusion.offline.score import OfflineScore
 from foldd.fusion.offline.task_arithmetic import OfflineTaskArithmetic
 from foldd.fusion.offline.ties import OfflineTies
 from foldd.fusion.offline.tsv_m import OfflineTsvM
 
 OFFLINE: dict[str, type[Any]] = {
     method.name: method
-    for method in (OfflineAverage, OfflineDare, OfflineMagMax, OfflineTaskArithmetic, OfflineTies, OfflineTsvM)
+    for method in (
+        OfflineAverage,
+        OfflineDare,
+        OfflineFisher,
+        OfflineLore,
+        OfflineMagMax,
+        OfflineRegMean,
+        OfflineScore,
+        OfflineTaskArithmetic,
+        OfflineTies,
+        OfflineTsvM,
+    )
 }
 # Methods that only fold, one checkpoint after the other, and what comes nearest to each.
 CONTINUAL_ONLY = {"otmf": "regmean", "otmf-paper": "regmean", "opcm": "tsv-m", "nufilt": "tsv-m"}

@@ -95,7 +95,8 @@ def agree(base: Source | None, models: Sequence[Source]) -> Agreement:
         name: base.spec.tensors[name].role if base is not None and base.spec is not None else guess_role(name, shape)
         for name, shape in floats.items()
     }
-    copies = _copies(floats, tables)
+    has_graph = base is not None and base.spec is not None  # which knows what is tied
+    copies = {} if has_graph else _copies(floats, tables)
     notes += [f"tied in all inputs, merged once: {name} = {' = '.join(same)}" for name, same in copies.items()]
     places = tables if base is None else tables[1:]
     return Agreement(floats, roles, places, None if base is None else first, integers, copies, tuple(notes))

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 
 import foldd
-from foldd.base.store import open_base
-from foldd.core.bundle import open_bundle
 from foldd.core.digests import sha256_file
 from foldd.core.errors import BadSetup, Unavailable
 from foldd.core.tensorwriter import Entry
@@ -68,6 +66,8 @@ def run(request: Request, tell: Callable[[str], None], progress: Callable[[float
     _check_room(method, agreement, entries, request.output)
     for note in _describe(method, base, models, agreement, entries):
         tell(note)
+    if method.is_elementwise:
+        torch.set_num_threads(1)  # pieces are small and memory is the limit: threads would only wait for each other
     calibration = _calibration(method, base, models)
     files = FileModels(agreement, tuple(model.is_delta for model in models), calibration)
     before = _stamps(sources)
@@ -145,6 +145,9 @@ def _calibration(method: OfflineMethod, base: Source | None, models: Sequence[So
             remedy="Name a foldd state directory as BASE and pack the checkpoints with `foldd pack --calibration`. "
             "Without inputs the nearest is --method average, or ties with a base.",
         )
+    from foldd.base.store import open_base  # brings the exporter's packages, which most merges can do without
+    from foldd.core.bundle import open_bundle
+
     network = open_base(base.directory)
     bundles = [open_bundle(model.files[0], network.spec) for model in models]
     inputs = [as_tensor(bundle.inputs) for bundle in bundles if bundle.inputs is not None]

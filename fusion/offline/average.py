@@ -20,6 +20,7 @@ class OfflineAverage:
     name: ClassVar[str] = "average"
     needs_base: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = True
 
     def merge(self, models: Models, progress: Progress) -> Iterator[Piece]:
         yield from elementwise(models, lambda _name, _start, parts: running_mean(parts), progress, vectors=False)

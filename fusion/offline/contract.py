@@ -73,11 +73,13 @@ class OfflineMethod(Protocol):
     Attributes:
         needs_base: it works on task vectors θ_i − θ⁰.
         needs_calibration: see `Calibration`.
+        is_elementwise: it merges each element by itself, in small pieces.
     """
 
     name: ClassVar[str]
     needs_base: ClassVar[bool]
     needs_calibration: ClassVar[bool]
+    is_elementwise: ClassVar[bool]
 
     def merge(self, models: Models, progress: Progress) -> Iterator[Piece]:
         """The merged tensors but for statistics, each whole, in any order."""

@@ -30,6 +30,7 @@ class OfflineDare:
     name: ClassVar[str] = "dare"
     needs_base: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = True
 
     drop: float = 0.5
     scaling: float = 0.3

@@ -23,6 +23,7 @@ class OfflineMagMax:
     name: ClassVar[str] = "magmax"
     needs_base: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = True
 
     scaling: float = 1.0
 

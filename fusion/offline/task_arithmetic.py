@@ -19,6 +19,7 @@ class OfflineTaskArithmetic:
     name: ClassVar[str] = "task-arithmetic"
     needs_base: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = True
 
     scaling: float = 0.3  # the published choice where nothing can be validated
 

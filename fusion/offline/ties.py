@@ -41,6 +41,7 @@ class OfflineTies:
     name: ClassVar[str] = "ties"
     needs_base: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = True
 
     density: float = 0.2
     scaling: float = 1.0

@@ -25,6 +25,7 @@ class OfflineTsvM:
     name: ClassVar[str] = "tsv-m"
     needs_base: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+    is_elementwise: ClassVar[bool] = False
 
     scaling: float = 1.0
 
