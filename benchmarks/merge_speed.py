@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +135,29 @@ def _command(tool: str, method: str, paths: list[Path], output: Path, mergekit: 
     return [str(mergekit.parent / "mergekit-pytorch"), str(path), str(output), "--quiet"]
 
 
+# A small process starts the tool: the kernel counts the memory of whoever starts a process as that process' own peak.
+_LAUNCHER = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:], stdout=2)
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    print(os.waitstatus_to_exitcode(status), time.perf_counter() - started, usage.ru_maxrss * 1024, file=file)
+"""
+
+
 def _run(command: list[str], folder: Path) -> tuple[float, int]:
     """Seconds and high-water mark of memory of one process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if "mergekit" in command[0]:
         environment.pop("PYTHONPATH", None)
-    with (folder / "log").open("w+b") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    said = folder / "usage"
+    launch = [sys.executable, "-S", "-c", _LAUNCHER, str(said), *command]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=True)
+    status, seconds, peak = said.read_text().split()
+    if int(status):
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return float(seconds), int(peak)
 
 
 def _only_file(path: Path) -> Path:
