@@ -85,7 +85,7 @@ def _activations(method: FoldMethod, base: Base, bundle: Path) -> int:
     before = settled_rss()
     reset_peak()
     if isinstance(method, Otmf):
-        base.walker.sensitivity(weights, images[:BACKWARD_BATCH], lambda features: features.sum())
+        base.walker.gradients(weights, images[:BACKWARD_BATCH], lambda features: features.sum(), lambda *_: None)
         for _ in base.walker.walk([Lane(weights, images), Lane(weights, both), Lane(weights, both)]):
             pass
     else:
