@@ -14,9 +14,10 @@ from foldd.fusion.otmf_paper import OtmfPaper
 from foldd.fusion.task_arithmetic import TaskArithmetic
 from foldd.fusion.ties import Ties
 from foldd.fusion.tsv_m import TsvM
+from foldd.fusion.uowq import Uowq
 
 METHODS: dict[str, type[Any]] = {
-    method.name: method for method in (Average, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, TaskArithmetic, Ties, TsvM)
+    method.name: method for method in (Average, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, TaskArithmetic, Ties, TsvM, Uowq)
 }
 
 

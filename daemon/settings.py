@@ -86,8 +86,14 @@ class TsvM(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by_count: bool = False
 
 
+class Uowq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dimension: Weight = 0.0
+
+
 DataFree = Literal["average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"]
-Method = Literal["otmf", "otmf-paper", "average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"]
+Method = Literal[
+    "otmf", "otmf-paper", "average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m", "uowq"
+]
 
 
 class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHOD_TABLES):
@@ -102,6 +108,7 @@ class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHO
     task_arithmetic: TaskArithmetic = TaskArithmetic()
     ties: Ties = Ties()
     tsv_m: TsvM = TsvM()
+    uowq: Uowq = Uowq()
 
 
 class Intake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
