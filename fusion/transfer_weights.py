@@ -136,7 +136,7 @@ def fold_share(previous: float, new: float, discrepancy: float, importance: floa
     Raises:
         ValueError: no samples, a negative discrepancy, or π outside 0…1.
     """
-    _check([previous, new], np.eye(2) * discrepancy, 1.0)
+    _check([previous, new], np.diag([discrepancy, discrepancy]), 1.0)
     if not 0 <= importance <= 1:
         raise ValueError(f"The importance must be from 0 to 1, it is {importance}.")
     return (1 / new + discrepancy * importance) / (1 / new + 1 / previous + discrepancy)
