@@ -12,7 +12,7 @@ from torch import Tensor
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
-from foldd.fusion.batches import calibration_sets, check_finite
+from foldd.fusion.batches import FORWARD_BATCH, calibration_sets, check_finite
 from foldd.fusion.fisher import Logits, fisher_products
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
@@ -107,7 +107,7 @@ class Uowq:
             logits, free = task_logits(base, side, head)
             inputs = inputs[:MAX_INPUTS]
             with torch.no_grad():
-                check_finite(checkpoint.task, *(logits(free, piece) for piece in inputs.split(64)))
+                check_finite(checkpoint.task, *(logits(free, piece) for piece in torch.split(inputs, FORWARD_BATCH)))
             total += float(fisher_products(logits, free, [difference], inputs)[0, 0])
             progress(0.9 * done / len(sides))
         return total / len(sides) / (self.dimension or count_parameters(base)), warnings
