@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_data import SCORE_BATCH, SPLITS, Bench, pixels
+from foldd.core.bundle import Head, write_bundle
+from foldd.fusion.batches import batches
 from foldd.fusion.fisher import Logits, Parameters
 from foldd.fusion.state import HeadTensors
 from foldd.fusion.uowq import free_names, task_logits
@@ -19,6 +21,8 @@ from foldd.fusion.uowq_train import Samples
 DOMAINS = ("photo", "art", "cartoon", "sketch")
 CLASSES = 7
 HEAD_SHOTS = 10  # a class and domain, for the class means
+FINE_TUNING = {"images": 10_000, "batch": 64, "rate": 1.5e-4}  # AdamW, one cycle, as the bench's bundles
+CALIBRATION = 64  # training images in a bundle
 SCALES = tuple(float(s) for s in np.geomspace(0.5, 32, 25))  # of the logits: one is chosen on training images
 
 
@@ -94,3 +98,31 @@ def hits(logits: Logits, parameters: Parameters, samples: Samples) -> np.ndarray
 
 def mean_loss(logits: Logits, parameters: Parameters, samples: Samples) -> float:
     return float(F.cross_entropy(all_logits(logits, parameters, samples), samples.labels))
+
+
+def fine_tune(pacs: Pacs, head: HeadTensors, domain: str, path: Path) -> None:
+    """Trains the backbone on one domain under a frozen head, and writes it as a bundle of differences."""
+    logits, samples = pacs.logits(head), pacs.split(domain, "train")
+    leaves = {name: value.clone().requires_grad_() for name, value in pacs.parameters.items()}
+    batch, rate = int(FINE_TUNING["batch"]), float(FINE_TUNING["rate"])
+    steps = int(FINE_TUNING["images"]) // batch
+    optimiser = torch.optim.AdamW(list(leaves.values()), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps + 1)
+    draw = batches(len(samples), batch, torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        index = next(draw)
+        loss = F.cross_entropy(logits(leaves, samples.inputs[index]), samples.labels[index])
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+    delta = {
+        name: (leaves[name].detach() - weight if name in leaves else torch.zeros_like(weight)).numpy()
+        for name, weight in pacs.base.weights.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    few = pacs.some(domain, CALIBRATION, seed=0)
+    write_bundle(
+        path, delta, Head(head.weight.numpy(), head.bias.numpy()), task=f"pacs_{domain}", base=pacs.base.spec,
+        is_delta=True, inputs=few.inputs.numpy(), labels=few.labels.numpy(), samples=len(samples),
+    )  # fmt: skip
