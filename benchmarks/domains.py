@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.pacs import DOMAINS, Pacs, fine_tune, hits
 from benchmarks.report import finish, now, options, say
-from benchmarks.rivals.joint import joint_ties, joint_tsv_m
+from benchmarks.rivals.joint import JOINT
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint, open_bundle
 from foldd.fusion.method import head_of
@@ -71,8 +71,8 @@ def joint_uowq(base: Base, checkpoints: Sequence[Checkpoint]) -> Vector:
 METHODS: dict[str, Merge] = {
     "average": joint_average,
     "task-arithmetic": joint_task_arithmetic,
-    "ties": joint_ties,
-    "tsv-m": joint_tsv_m,
+    "ties": JOINT["joint-ties"],
+    "tsv-m": JOINT["joint-tsv-m"],
     "uowq": joint_uowq,
 }
 
