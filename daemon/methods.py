@@ -17,10 +17,13 @@ from foldd.fusion.score import Score
 from foldd.fusion.task_arithmetic import TaskArithmetic
 from foldd.fusion.ties import Ties
 from foldd.fusion.tsv_m import TsvM
+from foldd.fusion.uowq import Uowq
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
-    for method in (Average, Dare, Lore, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, Score, TaskArithmetic, Ties, TsvM)
+    for method in (
+        Average, Dare, Lore, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, Score, TaskArithmetic, Ties, TsvM, Uowq,
+    )
 }
 
 

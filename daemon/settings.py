@@ -100,10 +100,14 @@ class TsvM(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by_count: bool = False
 
 
+class Uowq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dimension: Weight = 0.0
+
+
 DataFree = Literal["average", "dare", "lore", "magmax", "nufilt", "opcm", "score", "task-arithmetic", "ties", "tsv-m"]
 Method = Literal[
     "otmf", "otmf-paper", "average", "dare", "lore", "magmax", "nufilt", "opcm", "score", "task-arithmetic", "ties",
-    "tsv-m",
+    "tsv-m", "uowq",
 ]  # fmt: skip
 
 
@@ -122,6 +126,7 @@ class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHO
     task_arithmetic: TaskArithmetic = TaskArithmetic()
     ties: Ties = Ties()
     tsv_m: TsvM = TsvM()
+    uowq: Uowq = Uowq()
 
 
 class Intake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -34,6 +34,8 @@ class FoldReport:
         agreement: task → share of calibration inputs on which the merged model decides as its teacher did.
         transport: task → debiased Sinkhorn divergence between the merged model's and its teacher's normalised
             features on calibration inputs: how far the features moved.
+        shares: what part of the new merge the `merged` one before is, and what the `incoming` task; empty for methods
+            that do not choose it.
         warnings: sentences for the operator.
     """
 
@@ -50,17 +52,18 @@ class FoldReport:
     loss_best: float | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
     transport: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        plain = {"agreement": dict(self.agreement), "transport": dict(self.transport)}
+        plain = {"agreement": dict(self.agreement), "transport": dict(self.transport), "shares": dict(self.shares)}
         return {**asdict(self), **plain, "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True)
 class Training:
-    """How an optimising fold went; the formulas have none."""
+    """What a fold has to tell beside its vectors; the plain formulas have nothing."""
 
     steps: int = 0
     loss_first: float | None = None
@@ -68,6 +71,7 @@ class Training:
     loss_best: float | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
     transport: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -147,6 +151,7 @@ def finish(
         loss_best=training.loss_best,
         agreement=training.agreement,
         transport=training.transport,
+        shares=training.shares,
         warnings=warnings,
     )
     return new, report

@@ -13,7 +13,7 @@ MEAN, VARIANCE = "running_mean", "running_var"
 
 
 def merge_statistics(
-    base: Base, merged: Mapping[str, Tensor], vector: Mapping[str, Tensor], count: int
+    base: Base, merged: Mapping[str, Tensor], vector: Mapping[str, Tensor], count: float
 ) -> dict[str, Tensor]:
     """Statistics after `count` folded tasks and one more, as differences to the base (as the arguments are).
 
@@ -27,7 +27,7 @@ def merge_statistics(
     mean beside it is averaged by count.
 
     Args:
-        count: tasks in `merged`, at least 1.
+        count: tasks in `merged`, or any weight of it beside the 1 of `vector`.
     """
     after: dict[str, Tensor] = {}
     for name in base.weights:

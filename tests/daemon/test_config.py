@@ -42,7 +42,8 @@ def test_every_key_of_the_reference_is_explained_or_obvious():
 
 
 @pytest.mark.parametrize(
-    "name", ["otmf", "otmf-paper", "dare", "lore", "nufilt", "opcm", "score", "task-arithmetic", "ties", "tsv-m"]
+    "name",
+    ["otmf", "otmf-paper", "dare", "lore", "nufilt", "opcm", "score", "task-arithmetic", "ties", "tsv-m", "uowq"],
 )
 def test_method_tables_are_the_methods_own_fields(name):
     """Settings are typed without torch; here they are held against the dataclasses that do the work."""

@@ -105,7 +105,7 @@ def cnn() -> Base:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """make(base, task, seed, scale=…, inputs=n or 0, is_delta=…, vector=…) → an opened checkpoint."""
+    """make(base, task, seed, scale=…, inputs=n or 0, is_delta=…, vector=…, samples=…) → an opened checkpoint."""
 
     def build(
         base: Base,
@@ -116,6 +116,7 @@ def make(tmp_path: Path) -> Make:
         inputs: int = 12,
         is_delta: bool = True,
         vector: Tensors | None = None,
+        samples: int | None = None,
     ) -> Checkpoint:
         g = torch.Generator().manual_seed(seed)
         if vector is None:
@@ -128,7 +129,7 @@ def make(tmp_path: Path) -> Make:
         )
         x = torch.randn(inputs, *base.spec.input_shape, generator=g).numpy().astype(np.float32) if inputs else None
         path = tmp_path / f"{task}-{seed}.safetensors"
-        write_bundle(path, parameters, head, task=task, base=base.spec, is_delta=is_delta, inputs=x)
+        write_bundle(path, parameters, head, task=task, base=base.spec, is_delta=is_delta, inputs=x, samples=samples)
         return open_bundle(path, base.spec)
 
     return build
