@@ -84,9 +84,9 @@ PARTS: dict[str, dict[str, Maker]] = {
         "otmf-paper-tuned": _tuned(PAPER),
         "masks-off-tuned": _tuned(MASKS_OFF),
     },
-    "alpha": dict(_alpha(alpha, PAPER.steps) for alpha in ALPHAS),
+    "alpha": dict(_alpha(alpha, PAPER.steps) for alpha in ALPHAS[::2]),
+    "alpha-between": dict(_alpha(alpha, PAPER.steps) for alpha in ALPHAS[1::2]),
     "alpha-masks-off": dict(_alpha(alpha, 0) for alpha in ALPHAS),
-    "alpha-coarse": dict(_alpha(alpha, PAPER.steps) for alpha in ALPHAS[::2]),
     "otmf": {
         "otmf": lambda _: SHIPPED,
         **dict(_setting(field, 0.0) for field in ("student", "previous", "sensitivity", "drift")),
@@ -115,8 +115,9 @@ FULL = [
     Share("vit", "plain", 3), Share("vit", "otmf", 3), Share("vit", "paper", 1), Share("vit", "heads", 1),
     Share("vit", "ridge", 2), Share("vit", "inputs", 2), Share("vit", "incoming", 1), Share("vit", "drift", 1),
     Share("vit", "alpha-masks-off", 1), Share("vit", "alpha", 1),
+    Share("vit", "alpha-between", 1),
     Share("cnn", "plain", 2), Share("cnn", "paper", 1), Share("cnn", "alpha-masks-off", 1),
-    Share("cnn", "alpha-coarse", 1), Share("cnn", "otmf", 2),
+    Share("cnn", "alpha", 1), Share("cnn", "otmf", 2),
 ]  # fmt: skip
 
 

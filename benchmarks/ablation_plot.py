@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 LINES = {"incoming": "otmf, incoming 0.1 … 1", "drift": "otmf, drift 0 … 1", "inputs": "otmf, 8 … 64 inputs"}
 MARKS = {"plain": "s", "paper": "^", "otmf": "o", "ridge": "D"}
-ALPHA = {"alpha": "otmf-paper", "alpha-coarse": "otmf-paper", "alpha-masks-off": "masks off"}
+ALPHA = {"alpha": "otmf-paper", "alpha-between": "otmf-paper", "alpha-masks-off": "masks off"}
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
