@@ -116,8 +116,8 @@ FULL = [
     Share("vit", "ridge", 2), Share("vit", "inputs", 2), Share("vit", "incoming", 1), Share("vit", "drift", 1),
     Share("vit", "alpha-masks-off", 1), Share("vit", "alpha", 1),
     Share("vit", "alpha-between", 1),
-    Share("cnn", "plain", 2), Share("cnn", "paper", 1), Share("cnn", "alpha-masks-off", 1),
-    Share("cnn", "alpha", 1), Share("cnn", "otmf", 2),
+    Share("cnn", "plain", 1), Share("cnn", "paper", 1), Share("cnn", "alpha-masks-off", 1),
+    Share("cnn", "alpha", 1), Share("cnn", "otmf", 1),
 ]  # fmt: skip
 
 

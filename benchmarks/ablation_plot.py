@@ -27,7 +27,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         left.set(title=f"{base}: one point per variant", xlabel="backward transfer, points", ylabel="accuracy, %")
         for line in [row for row in own if row["method"] == "pretrained"]:
             left.axhline(100 * line["accuracy"], color="0.6", linestyle=":", label="unfolded base")
-        left.legend(loc="lower center", fontsize=8, frameon=False)
+        left.legend(loc="best", fontsize=8, frameon=False)
         _alpha(right, [row for row in own if row["part"] in ALPHA])
         right.set(title=f"{base}: α of otmf-paper", xlabel="α, share of the merge so far", ylabel="%, points")
     figure.savefig(path, dpi=80)
@@ -40,18 +40,27 @@ def _frontier(axes: Any, rows: list[dict[str, Any]]) -> None:
         if line:
             axes.plot(*_places(line), ".-", color=f"C{colour}", label=label, linewidth=1.2)
             axes.annotate("first", _place(line[0]), color=f"C{colour}", fontsize=7, ha="right", va="top")
+    named: list[tuple[dict[str, Any], str]] = []
     for colour, (part, mark) in enumerate(MARKS.items(), len(LINES)):
         seen = [row for row in rows if row["part"] == part]
         if not seen:
             continue
         axes.plot(*_places(seen), mark, color=f"C{colour}", markersize=5)
-        for rank, row in enumerate(sorted(seen, key=lambda row: row["accuracy"])):
-            side = ("left", (5, 2)) if rank % 2 else ("right", (-5, -7))
-            axes.annotate(
-                row["method"], _place(row), xytext=side[1], textcoords="offset points", fontsize=7, ha=side[0]
-            )
+        named += [(row, f"C{colour}") for row in seen]
+    _names(axes, named)
     axes.grid(alpha=0.3)
-    axes.margins(x=0.12)
+
+
+def _names(axes: Any, named: list[tuple[dict[str, Any], str]]) -> None:
+    """The variants' names beside the panel, in the order of their accuracy, none on top of another."""
+    bottom, top = axes.get_ylim()
+    gap, height = (top - bottom) / 32, bottom
+    for row, colour in sorted(named, key=lambda pair: float(pair[0]["accuracy"])):
+        height = max(height + gap, 100 * row["accuracy"])
+        axes.annotate(
+            row["method"], _place(row), xytext=(1.02, height), textcoords=("axes fraction", "data"), fontsize=7,
+            color=colour, va="center", arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "alpha": 0.6},
+        )  # fmt: skip
 
 
 def _alpha(axes: Any, rows: list[dict[str, Any]]) -> None:

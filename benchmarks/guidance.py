@@ -130,7 +130,7 @@ def _rows(measured: Measured, pretrained: float) -> Iterator[dict[str, Any]]:
         yield {
             "method": method, "norm": measured.norm, "pretrained": pretrained, "individual": alone,
             "accuracy": accuracy, "accuracy_std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-            "gain": (accuracy - pretrained) / (alone - pretrained) if alone != pretrained else None,
+            "gain": (accuracy - pretrained) / (alone - pretrained) if alone > pretrained else None,
             "bwt": float(np.mean(losses)), "orders": len(runs),
         }  # fmt: skip
 

@@ -46,7 +46,8 @@ def _curve(left: Any, right: Any, rows: list[dict[str, Any]], colour: str) -> No
         label = line[0]["varied"] if method == "otmf" else None
         left.plot(norms, [100 * row[key] for row in line], style, marker=".", color=colour, label=label)
         if method == "otmf":
-            right.plot(norms, [row["gain"] for row in line], "-", marker=".", color=colour, label=label)
+            kept = [float("nan") if row["gain"] is None else row["gain"] for row in line]
+            right.plot(norms, kept, "-", marker=".", color=colour, label=label)
             for row in line:
                 left.annotate(
                     f"{row['value']:g}", (row["norm"], 100 * row["accuracy"]), xytext=(2, 4),
