@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def main() -> int:
             gc.collect()
         clock.say(done)
         rows = [
-            row for kind in dict.fromkeys(job.kind for job in clock.jobs) if (row := _row(kind, results, arguments))
+            row
+            for kind in dict.fromkeys(job.kind for job in clock.jobs)
+            if (row := summary(kind, results, arguments.split))
         ]
         finish("continual", rows, arguments.json, started)
         if arguments.plots:
@@ -165,10 +168,8 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
     ]
 
 
-def _row(
-    kind: tuple[str, int, str], results: dict[Job, Result], arguments: argparse.Namespace
-) -> dict[str, Any] | None:
-    """The runs of all orders as one row."""
+def summary(kind: tuple[str, int, str], results: Mapping[Job, Result], split: str) -> dict[str, Any] | None:
+    """The runs of a base, a number of tasks and a method in all orders as one row; None where there is none."""
     base, tasks, method = kind
     runs = [result for job, result in results.items() if job.kind == kind]
     if not runs:
@@ -185,7 +186,7 @@ def _row(
     seconds = [s for run in runs for s in (run["fold_seconds"][1:] or run["fold_seconds"])]
     peaks = [peak for run in runs for peak in run["fold_peak_bytes"]]
     return {
-        "base": base, "tasks": tasks, "method": method, "heads": "frozen", "split": arguments.split,
+        "base": base, "tasks": tasks, "method": method, "heads": "frozen", "split": split,
         "accuracy": accuracy, "accuracy_std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None, "gain": gain,
         "bwt": _mean(losses) if losses else None, "orders": len(runs),
         "seconds": _mean(seconds) if seconds else None, "peak_rss_bytes": max(peaks, default=None),
