@@ -89,9 +89,10 @@ PARTS: dict[str, dict[str, Maker]] = {
     "alpha-masks-off": dict(_alpha(alpha, 0) for alpha in ALPHAS),
     "otmf": {
         "otmf": lambda _: SHIPPED,
-        **dict(_setting(field, 0.0) for field in ("student", "previous", "sensitivity", "drift")),
+        **dict(_setting(field, 0.0) for field in ("student", "previous", "drift")),
+        **dict([_setting("damping", 1.0)]),
         **dict([_setting("incoming", 1.0)]),
-        "otmf-regmean": _without(student=0.0, previous=0.0, sensitivity=0.0, drift=0.0, incoming=1.0),
+        "otmf-regmean": _without(student=0.0, previous=0.0, damping=1.0, drift=0.0, incoming=1.0),
     },
     "heads": {"otmf-tuned": _tuned(SHIPPED)},
     "ridge": dict(_setting("ridge", SHIPPED.ridge * factor) for factor in (0.1, 1.0, 10.0)),

@@ -22,7 +22,19 @@ from foldd.fusion.uowq import Uowq
 METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
-        Average, Dare, Lore, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, Score, TaskArithmetic, Ties, TsvM, Uowq,
+        Average,
+        Dare,
+        Lore,
+        MagMax,
+        Nufilt,
+        Opcm,
+        Otmf,
+        OtmfPaper,
+        Score,
+        TaskArithmetic,
+        Ties,
+        TsvM,
+        Uowq,
     )
 }
 

@@ -72,7 +72,7 @@ class Lore:
         if count:
             merged |= merge_statistics(base, state.merged, vector, count)
         else:
-            merged = vector
+            merged = dict(vector)
         progress(1.0)
         return finish(self.name, state, checkpoint, vector, merged, statistics=statistics)
 

@@ -69,7 +69,7 @@ class Uowq:
         base = state.base
         vector = task_vector(base, checkpoint)
         previous, new, warnings = _samples(state, checkpoint)
-        merged, shares = vector, {}
+        merged, shares = dict(vector), {}
         if state.count:
             discrepancy, unseen = self._discrepancy(state, checkpoint, vector, progress)
             warnings += unseen
