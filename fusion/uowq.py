@@ -86,7 +86,7 @@ class Uowq:
             checkpoint,
             vector,
             merged,
-            statistics=state.statistics | {STATISTIC: total},
+            statistics={**state.statistics, STATISTIC: total},
             training=Training(shares=shares, warnings=warnings),
         )
 
