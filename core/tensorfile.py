@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from foldd.core.errors import BadCheckpoint
+from foldd.core.tensorwriter import Entry, lay_out
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_GLANCE_BYTES = 1024 * 1024
@@ -40,6 +41,7 @@ class StoredTensor:
     name: str
     dtype: str  # as safetensors spells it: F32, BF16, I64, …
     shape: tuple[int, ...]
+    start: int  # byte of the file
     _raw: np.ndarray  # uint8 view of the map
 
     @property
@@ -61,15 +63,17 @@ class StoredTensor:
 
     def slices(self, step: int = 1 << 20) -> Iterator[np.ndarray]:
         """The values in order as flat float32 pieces of at most `step` elements."""
-        flat = self.stored().reshape(-1)
-        for start in range(0, flat.size, step):
-            piece = flat[start : start + step]
-            if self.dtype == "BF16":
-                yield (piece.astype(np.uint32) << 16).view(np.float32)
-            else:
-                # A float64 beyond float32's range becomes inf, which verification then names.
-                with np.errstate(over="ignore"):
-                    yield piece.astype(np.float32)
+        for start in range(0, self.size, step):
+            yield self.piece(start, start + step)
+
+    def piece(self, start: int, stop: int) -> np.ndarray:
+        """Elements `start` … `stop` in order, as a fresh flat float32 array."""
+        piece = self.stored().reshape(-1)[start:stop]
+        if self.dtype == "BF16":
+            return (piece.astype(np.uint32) << 16).view(np.float32)
+        # A float64 beyond float32's range becomes inf, which verification then names.
+        with np.errstate(over="ignore"):
+            return piece.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -158,29 +162,20 @@ def open_tensors(path: Path) -> TensorFile:
         # Zero-size tensors may have any other dimensions, and numpy refuses to view the largest ones.
         if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > 2**62:
             raise BadCheckpoint("bad-shape", f"{path.name}: tensor {name!r} has shape {str(list(shape))[:100]}.")
-        raw = np.asarray(data[8 + length + begin : 8 + length + end])
-        tensors[name] = StoredTensor(name, dtype, shape, raw)
+        first = 8 + length + begin
+        tensors[name] = StoredTensor(name, dtype, shape, first, np.asarray(data[first : 8 + length + end]))
     return TensorFile(path, tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file whose bytes depend on nothing but the content; wide types first, so that all are aligned.
+    """Writes a file whose bytes depend on nothing but the content.
 
     Not durable by itself: call it inside `files.build_file`.
     """
     spelling = {np.dtype(kind): name for name, kind in _NUMPY.items()}
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name.encode()))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in names:
-        array = tensors[name]
-        end = offset + array.nbytes
-        header[name] = {"dtype": spelling[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    layout = lay_out({name: Entry(spelling[a.dtype], a.shape) for name, a in tensors.items()}, metadata)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
+        file.write(layout.header)
+        for name in layout.places:
             array = np.ascontiguousarray(tensors[name])
             file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)

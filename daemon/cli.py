@@ -16,7 +16,7 @@ from pathlib import Path
 import foldd
 from foldd.core.errors import FolddError
 from foldd.core.terminal import tell
-from foldd.daemon.commands import bundles, service, show, transfer
+from foldd.daemon.commands import bundles, merge, service, show, transfer
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="foldd", description="Continual model merging for edge devices.")
     top.add_argument("--version", action="version", version=f"foldd {foldd.__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for group in (service, show, bundles, transfer):
+    for group in (service, show, bundles, merge, transfer):
         group.add(commands)
     demo = commands.add_parser("demo", help="the main job on real data, start to end, in a few minutes")
     demo.add_argument("--directory", type=Path, default=Path("demo-state"), help="where to work (default: demo-state)")

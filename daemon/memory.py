@@ -30,3 +30,13 @@ def _field(pid: int | str, name: str) -> int:
         return 0
     line = next((line for line in status.splitlines() if line.startswith(name)), f"{name}: 0 kB")
     return int(line.split()[1]) * 1024
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give without swapping; 0 where it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0
+    line = next((line for line in text.splitlines() if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
+    return int(line.split()[1]) * 1024

@@ -14,10 +14,12 @@ from foldd.core.roles import Role
 # rounding noise, so everything below this share counts as zero; a full-rank matrix of 10⁵ rows stays above it.
 RANK_TOLERANCE = 1e-6
 
+FACTORED = (Role.MATRIX, Role.CONVOLUTION)
+
 
 def is_factored(base: Base, name: str) -> bool:
     """Matrices and convolutions; embeddings, norms and biases have no input space to speak of."""
-    return base.role(name) in (Role.MATRIX, Role.CONVOLUTION)
+    return base.role(name) in FACTORED
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

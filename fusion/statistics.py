@@ -30,15 +30,25 @@ def merge_statistics(
         count: tasks in `merged`, or any weight of it beside the 1 of `vector`.
     """
     after: dict[str, Tensor] = {}
-    share = 1.0 / (count + 1)
     for name in base.weights:
         if base.role(name) is not Role.STATISTIC:
             continue
         old, new = merged[name].double(), vector[name].double()
-        value = old + share * (new - old)
+        value = next_mean(old, new, count)
         mean = name.removesuffix(VARIANCE) + MEAN
         if name.endswith(VARIANCE) and mean in base.weights:
             # The base's mean drops out of the difference of the two means.
-            value = value + count * share**2 * (merged[mean].double() - vector[mean].double()) ** 2
+            value = next_variance(old, new, merged[mean].double(), vector[mean].double(), count)
         after[name] = value.to(merged[name].dtype)
     return after
+
+
+def next_mean(old: Tensor, new: Tensor, count: int) -> Tensor:
+    """M' of `count` tasks' mean M and one more task's m."""
+    return old + 1.0 / (count + 1) * (new - old)
+
+
+def next_variance(old: Tensor, new: Tensor, old_mean: Tensor, new_mean: Tensor, count: int) -> Tensor:
+    """V' of `count` tasks' variance V and one more task's v, with the means that belong to them."""
+    share = 1.0 / (count + 1)
+    return next_mean(old, new, count) + count * share**2 * (old_mean - new_mean) ** 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
-from foldd.fusion.matrices import as_matrix, is_factored, polar_factor, svd
+from foldd.fusion.matrices import Svd, as_matrix, is_factored, polar_factor, svd
 from foldd.fusion.method import FoldReport, Progress, finish, silent
 from foldd.fusion.state import MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
@@ -79,9 +79,19 @@ class TsvM:
         rank = min(as_matrix(new).shape)
         if not factored or rank < 2:
             return old + (new - old) / (count + 1)
-        incoming = max(1, rank // (count + 1)) if self.by_count else rank // 2
-        ranks = (min(count * incoming, rank - incoming) if self.by_count else incoming, incoming)
+        ranks = ranks_by_count(rank, count) if self.by_count else (rank // 2, rank // 2)
         return tsv_merge([as_matrix(old), as_matrix(new)], ranks).view(new.shape)
+
+
+def ranks_by_count(rank: int, count: int) -> tuple[int, int]:
+    """The shares of a rank of at least 2 for the merged vector of `count` tasks and for one more task."""
+    incoming = max(1, rank // (count + 1))
+    return min(count * incoming, rank - incoming), incoming
+
+
+def equal_ranks(vectors: Sequence[Tensor]) -> list[int]:
+    """⌊min(m, n)/N⌋ for each of N tasks."""
+    return [min(vectors[0].shape) // len(vectors)] * len(vectors)
 
 
 def tsv_merge(vectors: Sequence[Tensor], ranks: Sequence[int] | None = None) -> Tensor:
@@ -92,16 +102,20 @@ def tsv_merge(vectors: Sequence[Tensor], ranks: Sequence[int] | None = None) -> 
     A task of lower rank brings no more triples than it has; the published code fills up with arbitrary vectors.
     Without a single triple to share (more tasks than rows or columns) it is the mean.
     """
-    rows, columns = vectors[0].shape
     if ranks is None:
-        ranks = [min(rows, columns) // len(vectors)] * len(vectors)
+        ranks = equal_ranks(vectors)
     if not any(ranks):
         return torch.stack(list(vectors)).mean(0)
+    left, s, right = shared_basis(vectors, ranks)
+    return (left * s @ right.T).to(vectors[0].dtype)
+
+
+def shared_basis(vectors: Sequence[Tensor], ranks: Sequence[int]) -> Svd:
+    """The tasks' leading singular triples side by side, with the polar factors of their vectors: float64."""
     us, ss, vs = [], [], []
     for vector, rank in zip(vectors, ranks, strict=True):
         u, s, v = svd(vector)
         us.append(u[:, :rank])
         ss.append(s[:rank])
         vs.append(v[:, :rank])
-    left, right = polar_factor(torch.cat(us, 1)), polar_factor(torch.cat(vs, 1))
-    return (left * torch.cat(ss) @ right.T).to(vectors[0].dtype)
+    return Svd(polar_factor(torch.cat(us, 1)), torch.cat(ss), polar_factor(torch.cat(vs, 1)))
