@@ -43,12 +43,12 @@ def merge_statistics(
     return after
 
 
-def next_mean(old: Tensor, new: Tensor, count: int) -> Tensor:
+def next_mean(old: Tensor, new: Tensor, count: float) -> Tensor:
     """M' of `count` tasks' mean M and one more task's m."""
     return old + 1.0 / (count + 1) * (new - old)
 
 
-def next_variance(old: Tensor, new: Tensor, old_mean: Tensor, new_mean: Tensor, count: int) -> Tensor:
+def next_variance(old: Tensor, new: Tensor, old_mean: Tensor, new_mean: Tensor, count: float) -> Tensor:
     """V' of `count` tasks' variance V and one more task's v, with the means that belong to them."""
     share = 1.0 / (count + 1)
     return next_mean(old, new, count) + count * share**2 * (old_mean - new_mean) ** 2
