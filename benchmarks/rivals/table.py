@@ -32,6 +32,7 @@ from foldd.fusion.state import MergeState, empty_state
 from foldd.fusion.task_arithmetic import TaskArithmetic
 from foldd.fusion.ties import Ties
 from foldd.fusion.tsv_m import TsvM
+from foldd.fusion.uowq import Uowq
 
 FOLLOWED = ("foldd.fusion", "foldd.base", "benchmarks.rivals")
 # Methods import the network's type from here, which imports all the rest of its room: an edit of that changes no merge.
@@ -72,6 +73,7 @@ CONTINUAL: dict[str, Callable[[Bench], FoldMethod]] = {
     "opcm-linear": lambda _: OpcmLinear(),
     "nufilt": lambda _: Nufilt(),
     "magmax": lambda _: MagMax(),
+    "uowq": lambda _: Uowq(),
     "adamerging-task": lambda _: AdaMergingTask(),
     "adamerging-layer": lambda _: AdaMergingLayer(),
     "otmf-paper": lambda _: OtmfPaper(),

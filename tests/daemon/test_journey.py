@@ -66,6 +66,23 @@ def test_dropped_checkpoints_become_a_served_model(make_box, base):
     assert set(manifest.tasks) == {"alpha", "beta"}
 
 
+def test_uowq_weighs_by_the_samples_that_bundles_tell(make_box, tmp_path):
+    """100 samples before, 300 now; the attention network is the one whose kernels have no forward-mode derivative."""
+    box: Box = make_box(base="attention", fold={"method": "uowq"})
+    box.start()
+    box.drop(box.bundle("alpha", seed=1))
+    box.wait_generation(1)
+    told = rewritten(
+        box.bundle("beta", seed=2), tmp_path / "beta.safetensors", lambda _, meta: meta.update({"foldd.samples": "300"})
+    )
+    box.drop(told)
+    box.wait_generation(2)
+    fold = json.loads((box.layout.current / "report.json").read_text())["fold"]
+    assert (fold["method"], fold["warnings"]) == ("uowq", [])
+    assert fold["shares"]["merged"] == pytest.approx(0.25, abs=0.02)
+    assert sum(fold["shares"].values()) == pytest.approx(1)
+
+
 def test_idle_supervisor_is_small_and_has_no_torch(make_box):
     box: Box = make_box()
     process = box.start()
