@@ -52,6 +52,10 @@ class StoredTensor:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def nbytes(self) -> int:
+        return Entry(self.dtype, self.shape).nbytes
+
     def stored(self) -> np.ndarray:
         """The values as stored (bfloat16 as its uint16 bit pattern): a view, no copy."""
         kind = np.dtype(np.uint16 if self.dtype == "BF16" else _NUMPY[self.dtype]).newbyteorder("<")

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from foldd.fusion.average import Average
+from foldd.fusion.dare import Dare
+from foldd.fusion.lore import Lore
 from foldd.fusion.magmax import MagMax
 from foldd.fusion.method import FoldMethod
 from foldd.fusion.nufilt import Nufilt
 from foldd.fusion.opcm import Opcm
 from foldd.fusion.otmf import Otmf
 from foldd.fusion.otmf_paper import OtmfPaper
+from foldd.fusion.score import Score
 from foldd.fusion.task_arithmetic import TaskArithmetic
 from foldd.fusion.ties import Ties
 from foldd.fusion.tsv_m import TsvM
 from foldd.fusion.uowq import Uowq
 
 METHODS: dict[str, type[Any]] = {
-    method.name: method for method in (Average, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, TaskArithmetic, Ties, TsvM, Uowq)
+    method.name: method
+    for method in (Average, Dare, Lore, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, Score, TaskArithmetic, Ties, TsvM, Uowq)
 }
 
 

@@ -63,6 +63,20 @@ class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ridge: Rate = 1e-3
 
 
+class Dare(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    drop: Annotated[float, Meta(ge=0, lt=1)] = 0.5
+    scaling: Rate = 0.3
+
+
+class Lore(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    share: Share = 0.2
+    scaling: Rate = 1.0
+
+
+class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    threshold: Literal["paper", "code", "diagonal"] = "paper"
+
+
 class Opcm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alpha: Share = 0.5
 
@@ -90,10 +104,11 @@ class Uowq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimension: Weight = 0.0
 
 
-DataFree = Literal["average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m"]
+DataFree = Literal["average", "dare", "lore", "magmax", "nufilt", "opcm", "score", "task-arithmetic", "ties", "tsv-m"]
 Method = Literal[
-    "otmf", "otmf-paper", "average", "magmax", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m", "uowq"
-]
+    "otmf", "otmf-paper", "average", "dare", "lore", "magmax", "nufilt", "opcm", "score", "task-arithmetic", "ties",
+    "tsv-m", "uowq",
+]  # fmt: skip
 
 
 class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHOD_TABLES):
@@ -103,8 +118,11 @@ class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHO
     threads: Count = 0
     otmf: Otmf = Otmf()
     otmf_paper: OtmfPaper = OtmfPaper()
+    dare: Dare = Dare()
+    lore: Lore = Lore()
     nufilt: Nufilt = Nufilt()
     opcm: Opcm = Opcm()
+    score: Score = Score()
     task_arithmetic: TaskArithmetic = TaskArithmetic()
     ties: Ties = Ties()
     tsv_m: TsvM = TsvM()

@@ -51,7 +51,7 @@ class FileModels:
 
     def raw(self, place: Place) -> bytes:
         """A whole tensor as it is stored."""
-        data = bytearray(place.tensor.size * ITEM_BYTES[place.tensor.dtype])
+        data = bytearray(place.tensor.nbytes)
         self._fill(place, 0, memoryview(data))
         return bytes(data)
 

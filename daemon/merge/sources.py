@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,15 @@ class Place:
 
     path: Path
     tensor: StoredTensor
+
+    def bytes(self, limit: int | None = None) -> Iterator[bytes]:
+        """The tensor's bytes, or the first `limit`, in pieces. Read, not mapped: mapped pages count as memory used."""
+        left = self.tensor.nbytes if limit is None else min(limit, self.tensor.nbytes)
+        with self.path.open("rb") as file:
+            file.seek(self.tensor.start)
+            while left and (piece := file.read(min(left, 1 << 20))):
+                left -= len(piece)
+                yield piece
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class OfflineUowq:
         dimension: d; 0: the number of parameters, as published.
         target: place of the one model that the others are sources for, from 1 on, as published (Lemma 8);
             0: one model that serves all tasks.
+        samples: counts of training samples in the models' order, with commas; empty: what the bundles tell.
     """
 
     name: ClassVar[str] = "uowq"
@@ -41,6 +42,7 @@ class OfflineUowq:
 
     dimension: float = 0.0
     target: int = 0
+    samples: str = ""
 
     def __post_init__(self) -> None:
         require_share(self.name, "dimension", self.dimension, low=0, high=float("inf"))
@@ -67,13 +69,7 @@ class OfflineUowq:
         assert calibration is not None
         if not 0 <= self.target <= models.count:
             raise BadSetup("bad-option", f"uowq: target is {self.target}, there are {models.count} models.")
-        counts = [float(count) for count in calibration.samples if count]
-        if len(counts) != models.count:
-            raise BadSetup(
-                "no-samples",
-                "uowq weighs models by their counts of training samples, and a bundle does not tell its own.",
-                remedy="Pack it with `foldd pack --samples N`, or take --method average.",
-            )
+        counts = self._counts(calibration.samples)
         base = calibration.network
         vectors = [
             {
@@ -92,6 +88,24 @@ class OfflineUowq:
         if self.target:
             return shares_for_target(counts, products, dimension, self.target - 1)[0]
         return shares_for_all(counts, products, dimension)
+
+    def _counts(self, told: Sequence[int | None]) -> list[float]:
+        if self.samples:
+            words = self.samples.split(",")
+            if len(words) != len(told) or not all(word.strip().isdecimal() and int(word) for word in words):
+                raise BadSetup(
+                    "bad-option", f"uowq: samples is {self.samples!r}, for {len(told)} models.",
+                    remedy="Give one positive count for each model, as --option samples=900,60.",
+                )  # fmt: skip
+            return [float(word) for word in words]
+        counts = [float(count) for count in told if count]
+        if len(counts) < len(told):
+            raise BadSetup(
+                "no-samples",
+                "uowq weighs models by their counts of training samples, and a bundle does not tell its own.",
+                remedy="Give --option samples=900,60 with a count for each model, or pack with `foldd pack --samples`.",
+            )
+        return counts
 
     def workspace(self, sizes: Sequence[int], count: int) -> int:
         return 4 * sum(sizes) * (count + 3) + elementwise_workspace(count)

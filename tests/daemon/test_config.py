@@ -41,7 +41,10 @@ def test_every_key_of_the_reference_is_explained_or_obvious():
                          "max_partial_bytes", "data_free_method", "attempts", "scaling"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["otmf", "otmf-paper", "nufilt", "opcm", "task-arithmetic", "ties", "tsv-m", "uowq"])
+@pytest.mark.parametrize(
+    "name",
+    ["otmf", "otmf-paper", "dare", "lore", "nufilt", "opcm", "score", "task-arithmetic", "ties", "tsv-m", "uowq"],
+)
 def test_method_tables_are_the_methods_own_fields(name):
     """Settings are typed without torch; here they are held against the dataclasses that do the work."""
     from foldd.daemon.methods import METHODS, make_method

@@ -7,7 +7,7 @@ from statistics import mean, pvariance
 
 import pytest
 import torch
-from offline_kit import SHAPES, WEIGHTS, Tensors, random_model, random_models, run
+from offline_kit import SHAPES, WEIGHTS, InMemory, Tensors, random_model, random_models, run
 
 from foldd.core.errors import BadSetup
 from foldd.fusion.offline import contract, dare, ties
@@ -154,8 +154,6 @@ def test_ties_against_loops(density: float) -> None:
 
 def test_the_trimming_bound_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a sort of all magnitudes, with many equal ones and many that share their upper bits."""
-    from offline_kit import InMemory
-
     monkeypatch.setattr(contract, "PIECE", 50)
     g = torch.Generator().manual_seed(0)
     base = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -232,6 +230,19 @@ def test_dare_draws_by_name_model_and_seed() -> None:
 def test_options_out_of_range_are_refused(kind, options) -> None:
     with pytest.raises(BadSetup, match=str(next(iter(options)))):
         kind(**options)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.is_elementwise], ids=repr)
+def test_elementwise_methods_read_nothing_but_pieces(method: OfflineMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "PIECE", 7)
+    base, models = random_models(3)
+    source, sizes = InMemory(base, models), []
+    for read in ("base", "weights"):
+        plain = getattr(source, read)
+        monkeypatch.setattr(source, read, lambda *a, plain=plain: sizes.append(a[-1] - a[-2]) or plain(*a))
+    for piece in method.merge(source, lambda _: None):
+        assert len(piece.values) <= 7
+    assert max(sizes) == 7
 
 
 def test_workspace_of_elementwise_methods_does_not_grow_with_the_tensors() -> None:

@@ -179,7 +179,15 @@ def test_the_offline_method_wants_counts_and_a_target_that_is_there(cnn: Base, m
     told, silent = make(cnn, "a", 1, samples=5), make(cnn, "b", 2)
     for method, checkpoints, code in [
         (OfflineUowq(), [told, silent], "no-samples"), (OfflineUowq(target=3), [told, told], "bad-option"),
+        (OfflineUowq(samples="5"), [told, silent], "bad-option"), (OfflineUowq(samples="5,0"), [told, silent], "bad-option"),
     ]:  # fmt: skip
         with pytest.raises(BadSetup) as caught:
             merge_bundles(method, cnn, checkpoints)
         assert caught.value.code == code
+
+
+def test_counts_may_be_given_beside_the_bundles(cnn: Base, make: Any) -> None:
+    told = [make(cnn, "a", 1, samples=300), make(cnn, "b", 2, samples=50)]
+    silent = [make(cnn, "a", 1), make(cnn, "b", 2)]
+    one, other = merge_bundles(OfflineUowq(), cnn, told), merge_bundles(OfflineUowq(samples="300,50"), cnn, silent)
+    assert all(torch.equal(one[name], other[name]) for name in one)
