@@ -179,7 +179,8 @@ def test_the_offline_method_wants_counts_and_a_target_that_is_there(cnn: Base, m
     told, silent = make(cnn, "a", 1, samples=5), make(cnn, "b", 2)
     for method, checkpoints, code in [
         (OfflineUowq(), [told, silent], "no-samples"), (OfflineUowq(target=3), [told, told], "bad-option"),
-        (OfflineUowq(samples="5"), [told, silent], "bad-option"), (OfflineUowq(samples="5,0"), [told, silent], "bad-option"),
+        (OfflineUowq(samples="5"), [told, silent], "bad-option"),
+        (OfflineUowq(samples="5,0"), [told, silent], "bad-option"),
     ]:  # fmt: skip
         with pytest.raises(BadSetup) as caught:
             merge_bundles(method, cnn, checkpoints)
