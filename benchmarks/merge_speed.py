@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--bytes", type=int, default=10**9, help="size of a model (default: 1 GB)")
     parser.add_argument("--mergekit", type=Path, metavar="PYTHON", help="interpreter of mergekit's environment")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of both tools; 0: as they choose")
     parser.add_argument("--directory", type=Path, help="where to put the files (default: a temporary folder)")
     arguments = parser.parse_args()
     started = now()
@@ -52,38 +53,39 @@ def main() -> int:
         say(f"There is no {arguments.mergekit}.")
         return 2
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        rows = _measure(Path(folder), size, repetitions, arguments.mergekit)
+        rows = _measure(Path(folder), size, repetitions, arguments.threads, arguments.mergekit)
     finish("merge_speed", rows, arguments.json, started)
     return 0
 
 
-def _measure(folder: Path, size: int, repetitions: int, mergekit: Path | None) -> list[dict[str, Any]]:
+def _measure(folder: Path, size: int, repetitions: int, threads: int, mergekit: Path | None) -> list[dict[str, Any]]:
     paths = _models(folder, size)
     tools = ["foldd"] if mergekit is None else ["foldd", "mergekit"]
-    runs: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    runs: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for repetition in range(repetitions):
         for method in PAIRS:
             outputs = {}
             for tool in tools if repetition % 2 == 0 else reversed(tools):
                 output = folder / f"{tool}-{method}.safetensors"
                 command = _command(tool, method, paths, output, mergekit)
-                seconds, peak = _run(command, folder)
+                seconds, cpu, peak = _run(command, folder, threads)
                 outputs[tool] = output
-                runs.setdefault((tool, method), []).append((seconds, peak))
-                say(f"{method}, {tool}: {seconds:.1f} s, {peak / 1e6:.0f} MB")
+                runs.setdefault((tool, method), []).append((seconds, cpu, peak))
+                say(f"{method}, {tool}: {seconds:.1f} s, {cpu:.1f} s of processor, {peak / 1e6:.0f} MB")
             if method in SAME and len(outputs) == 2 and repetition == 0:
                 _compare(*(_only_file(path) for path in outputs.values()))
             for output in outputs.values():
                 subprocess.run(["rm", "-r", output], check=True)
     rows = []
     for (tool, method), measured in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0])):
-        seconds, peak = (statistics.median(column) for column in zip(*measured, strict=True))
+        seconds, cpu, peak = (statistics.median(column) for column in zip(*measured, strict=True))
         own = runs["foldd", method]
         row = {
-            "tool": tool, "method": method, "bytes": paths[0].stat().st_size, "models": MODELS, "seconds": seconds,
+            "tool": tool, "method": method, "bytes": paths[0].stat().st_size, "models": MODELS, "threads": threads,
+            "seconds": seconds, "cpu_seconds": cpu,
             "peak_rss_bytes": peak, "repetitions": repetitions,
-            "seconds_ratio": statistics.median(b / a for (a, _), (b, _) in zip(own, measured, strict=True)),
-            "peak_rss_ratio": statistics.median(b / a for (_, a), (_, b) in zip(own, measured, strict=True)),
+            "seconds_ratio": statistics.median(b / a for (a, _, _), (b, _, _) in zip(own, measured, strict=True)),
+            "peak_rss_ratio": statistics.median(b / a for (_, _, a), (_, _, b) in zip(own, measured, strict=True)),
         }  # fmt: skip
         rows.append(row)
     return rows
@@ -142,22 +144,25 @@ started = time.perf_counter()
 process = subprocess.Popen(sys.argv[2:], stdout=2)
 _, status, usage = os.wait4(process.pid, 0)
 with open(sys.argv[1], "w") as file:
-    print(os.waitstatus_to_exitcode(status), time.perf_counter() - started, usage.ru_maxrss * 1024, file=file)
+    seconds, cpu = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    print(os.waitstatus_to_exitcode(status), seconds, cpu, usage.ru_maxrss * 1024, file=file)
 """
 
 
-def _run(command: list[str], folder: Path) -> tuple[float, int]:
-    """Seconds and high-water mark of memory of one process."""
+def _run(command: list[str], folder: Path, threads: int) -> tuple[float, float, int]:
+    """Seconds, processor seconds and high-water mark of memory of one process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if "mergekit" in command[0]:
         environment.pop("PYTHONPATH", None)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     said = folder / "usage"
     launch = [sys.executable, "-S", "-c", _LAUNCHER, str(said), *command]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=True)
-    status, seconds, peak = said.read_text().split()
+    status, seconds, cpu, peak = said.read_text().split()
     if int(status):
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    return float(seconds), int(peak)
+    return float(seconds), float(cpu), int(peak)
 
 
 def _only_file(path: Path) -> Path:

@@ -40,11 +40,14 @@ def _merge(arguments: argparse.Namespace) -> int:
     require("daemon", "torch")
     from foldd.daemon.merge.run import Request, run
 
-    signal.signal(signal.SIGTERM, _interrupt)  # so that what was half written is removed
     request = Request(
         arguments.paths, arguments.method, arguments.option, arguments.output, arguments.dtype, arguments.shard_bytes
     )
-    facts = run(request, _say, _Bar())
+    before = signal.signal(signal.SIGTERM, _interrupt)  # so that what was half written is removed
+    try:
+        facts = run(request, _say, _Bar())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if arguments.json:
         print_json(facts)
     else:

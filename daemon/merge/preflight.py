@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from foldd.core.digests import TensorDigest
 from foldd.core.errors import BadCheckpoint, BadSetup
 from foldd.core.roles import Role
 from foldd.daemon.merge.sources import Place, Source
@@ -51,6 +52,7 @@ def agree(base: Source | None, models: Sequence[Source]) -> Agreement:
         BadSetup: `delta-without-base`, `wrong-base`.
     """
     _check_bundles(base, models)
+    _check_digest(base, models)
     notes: list[str] = []
     sources = models if base is None else [base, *models]
     if base is not None and base.spec is not None:
@@ -130,6 +132,30 @@ def _check_bundles(base: Source | None, models: Sequence[Source]) -> None:
             f"Bundles and base belong to different networks: {', '.join(sorted(d[:16] + '…' for d in digests))}.",
             why="one of them was fine-tuned from other weights.",
             remedy="Merge bundles of one base.",
+        )
+
+
+def _check_digest(base: Source | None, models: Sequence[Source]) -> None:
+    """Bundles name their base's digest; a plain file beside them must have it. One tensor is in memory at a time."""
+    bundle = next((model for model in models if model.is_bundle), None)
+    if base is None or base.spec is not None or bundle is None:
+        return
+    digest = TensorDigest()
+    for name in sorted(bundle.tensors.keys() & base.tensors.keys(), key=str.encode):
+        place = base.tensors[name]
+        if place.tensor.dtype == "F32":
+            values = np.frombuffer(b"".join(place.bytes()), "<f4").reshape(place.tensor.shape)
+        elif place.tensor.is_float:
+            values = place.tensor.float32()
+        else:
+            continue
+        digest.add(name, "float32", values)
+    if digest.hexdigest() != bundle.base_digest:
+        raise BadSetup(
+            "wrong-base",
+            f"{base.label} is not the base that {bundle.label} was made for: its tensors have another digest.",
+            why="it was fine-tuned from other weights, or the file holds the base in half precision.",
+            remedy="Name the base as it was when the bundle was packed, or the foldd state directory.",
         )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,12 @@ def run(request: Request, tell: Callable[[str], None], progress: Callable[[float
     files = FileModels(agreement, tuple(model.is_delta for model in models), calibration)
     before = _stamps(sources)
     with ThreadPoolExecutor(1) as pool:  # digests are made beside the merge
-        digests = {path: pool.submit(sha256_file, path) for source in sources for path in source.files}
+        stopped = threading.Event()
+        digests = {
+            path: pool.submit(sha256_file, path, partial(_go_on, stopped))
+            for source in sources
+            for path in source.files
+        }
 
         def metadata() -> dict[str, str]:
             return _provenance(request, method, base, models, digests)
@@ -97,6 +104,7 @@ def run(request: Request, tell: Callable[[str], None], progress: Callable[[float
                 write_file(request.output, entries, fill, metadata)
         finally:
             files.close()
+            stopped.set()
             for digest in digests.values():
                 digest.cancel()
     return {
@@ -220,6 +228,12 @@ def _describe(
         f"works in about {need / 1e6:.0f} MB",
         *agreement.notes,
     ]
+
+
+def _go_on(stopped: threading.Event) -> None:
+    """Ends a digest that nobody waits for any more."""
+    if stopped.is_set():
+        raise CancelledError
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.fusion.method import Progress
-from foldd.fusion.offline.contract import Models, Piece, size_of, weight_names
+from foldd.fusion.offline.contract import Models, Piece, require_share, size_of, weight_names
 from foldd.fusion.state import HeadTensors
 
 Weights = dict[str, Tensor]
@@ -37,6 +37,9 @@ class OfflineFisher:
 
     floor: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_share(self.name, "floor", self.floor, low=1e-12, high=1e12)
 
     def merge(self, models: Models, progress: Progress) -> Iterator[Piece]:
         assert models.calibration is not None

@@ -31,7 +31,7 @@ class OfflineTies:
     """θ = θ⁰ + scaling · τ, τ the mean over the models that agree with the sign of the sum, after trimming.
 
     Trimming is over the whole task vector, as published: two passes over all tensors find each model's exact bound,
-    in a few hundred kilobytes.
+    in half a megabyte a model.
 
     Attributes:
         density: share of all elements of a task vector, the largest, that trimming leaves; the published 20 %.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import signal
+import time
 from pathlib import Path
 
 import networks
@@ -235,6 +238,9 @@ def test_a_bundle_beside_a_plain_base(box, tmp_path, capsys):
         if name in full:
             np.testing.assert_allclose(tensor.numpy(), full[name], atol=1e-6)
     assert "only the base has them" in capsys.readouterr().err
+    other = save(tmp_path / "other.safetensors", {n: t + 1 for n, t in networks.with_head().state_dict().items()})
+    assert merge(other, path, "--method", "average", "-o", out) == 2
+    assert "another digest" in capsys.readouterr().err
     assert merge(path, "--method", "average", "-o", out) == 2
     assert "no base is given" in capsys.readouterr().err
 
@@ -316,7 +322,7 @@ def test_a_tensor_in_two_shards(files, tmp_path, capsys):
     assert "and again in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("the disk is full")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("the disk is full"), signal.SIGTERM], ids=repr)
 @pytest.mark.parametrize("shards", [[], ["--shard-bytes", "300"]])
 def test_an_interrupted_merge_leaves_what_was_there(error, shards, files, tmp_path, monkeypatch):
     out = tmp_path / ("folder" if shards else "out.safetensors")
@@ -327,6 +333,9 @@ def test_an_interrupted_merge_leaves_what_was_there(error, shards, files, tmp_pa
     def interrupted(self, *arguments):
         calls.append(1)
         if len(calls) == 3:
+            if isinstance(error, signal.Signals):
+                os.kill(os.getpid(), error)
+                time.sleep(1)
             raise error
         plain(self, *arguments)
 
