@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ from torch import Tensor
 
 from benchmarks.pacs import DOMAINS, Pacs, fine_tune, hits
 from benchmarks.report import finish, now, options, say
-from benchmarks.rivals.joint import JOINT
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint, open_bundle
 from foldd.fusion.method import head_of
+from foldd.fusion.offline.average import OfflineAverage
+from foldd.fusion.offline.bundles import merge_bundles
+from foldd.fusion.offline.dare import OfflineDare
+from foldd.fusion.offline.lore import OfflineLore
+from foldd.fusion.offline.score import OfflineScore
+from foldd.fusion.offline.task_arithmetic import OfflineTaskArithmetic
+from foldd.fusion.offline.ties import OfflineTies
+from foldd.fusion.offline.tsv_m import OfflineTsvM
+from foldd.fusion.offline.uowq import OfflineUowq
 from foldd.fusion.task_vector import task_vector
-from foldd.fusion.uowq import count_parameters, free_names
-from foldd.fusion.uowq_merge import TaskModel, merge_products, shares_for_all, weighted_merge
 
-SCALING = 0.3  # of task arithmetic, the published choice
 RESAMPLES = 10_000
 REFERENCE = "average"
 QUICK = {"bases": ["cnn"], "held_out": ["photo", "sketch"]}
@@ -44,36 +50,21 @@ Vector = dict[str, Tensor]
 Merge = Callable[[Base, Sequence[Checkpoint]], Vector]
 
 
-def joint_average(base: Base, checkpoints: Sequence[Checkpoint]) -> Vector:
-    vectors = [task_vector(base, checkpoint) for checkpoint in checkpoints]
-    return weighted_merge(vectors, [1 / len(vectors)] * len(vectors), base.role)
-
-
-def joint_task_arithmetic(base: Base, checkpoints: Sequence[Checkpoint]) -> Vector:
-    """θ⁰ + 0.3·Σ τ; statistics are means of moments."""
-    average = joint_average(base, checkpoints)
-    return average | {name: SCALING * len(checkpoints) * average[name] for name in free_names(base)}
-
-
-def joint_uowq(base: Base, checkpoints: Sequence[Checkpoint]) -> Vector:
-    """One model for all source domains; d as published."""
-    models = [
-        TaskModel(
-            task_vector(base, one), float(one.samples or 1), head_of(one), torch.from_numpy(np.array(one.inputs)),
-            None if one.labels is None else torch.from_numpy(np.array(one.labels)),
-        )
-        for one in checkpoints
-    ]  # fmt: skip
-    shares = shares_for_all([m.samples for m in models], merge_products(base, models), count_parameters(base))
-    return weighted_merge([model.vector for model in models], shares, base.role)
-
-
 METHODS: dict[str, Merge] = {
-    "average": joint_average,
-    "task-arithmetic": joint_task_arithmetic,
-    "ties": JOINT["joint-ties"],
-    "tsv-m": JOINT["joint-tsv-m"],
-    "uowq": joint_uowq,
+    name: partial(merge_bundles, method)
+    for name, method in {
+        "average": OfflineAverage(),
+        "task-arithmetic": OfflineTaskArithmetic(),
+        "ties": OfflineTies(),
+        "dare": OfflineDare(),
+        "tsv-m": OfflineTsvM(),
+        "lore": OfflineLore(),
+        "lore-ties": OfflineLore(select="ties"),
+        "score": OfflineScore(),
+        "score-code": OfflineScore(threshold="code"),
+        "score-diagonal": OfflineScore(threshold="diagonal"),
+        "uowq": OfflineUowq(),
+    }.items()
 }
 
 

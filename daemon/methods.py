@@ -21,21 +21,7 @@ from foldd.fusion.uowq import Uowq
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
-    for method in (
-        Average,
-        Dare,
-        Lore,
-        MagMax,
-        Nufilt,
-        Opcm,
-        Otmf,
-        OtmfPaper,
-        Score,
-        TaskArithmetic,
-        Ties,
-        TsvM,
-        Uowq,
-    )
+    for method in (Average, Dare, Lore, MagMax, Nufilt, Opcm, Otmf, OtmfPaper, Score, TaskArithmetic, Ties, TsvM, Uowq)
 }
 
 

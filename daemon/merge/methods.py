@@ -21,6 +21,7 @@ from foldd.fusion.offline.score import OfflineScore
 from foldd.fusion.offline.task_arithmetic import OfflineTaskArithmetic
 from foldd.fusion.offline.ties import OfflineTies
 from foldd.fusion.offline.tsv_m import OfflineTsvM
+from foldd.fusion.offline.uowq import OfflineUowq
 
 OFFLINE: dict[str, type[Any]] = {
     method.name: method
@@ -35,6 +36,7 @@ OFFLINE: dict[str, type[Any]] = {
         OfflineTaskArithmetic,
         OfflineTies,
         OfflineTsvM,
+        OfflineUowq,
     )
 }
 # Methods that only fold, one checkpoint after the other, and what comes nearest to each.

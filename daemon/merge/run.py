@@ -159,7 +159,7 @@ def _calibration(method: OfflineMethod, base: Source | None, models: Sequence[So
     network = open_base(base.directory)
     bundles = [open_bundle(model.files[0], network.spec) for model in models]
     inputs = [as_tensor(bundle.inputs) for bundle in bundles if bundle.inputs is not None]
-    return Calibration(network, [head_of(bundle) for bundle in bundles], inputs)
+    return Calibration(network, [head_of(bundle) for bundle in bundles], inputs, [bundle.samples for bundle in bundles])
 
 
 def _entries(agreement: Agreement, dtype: str, base: Source | None, models: Sequence[Source]) -> dict[str, Entry]:

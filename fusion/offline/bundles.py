@@ -23,7 +23,8 @@ class Bundles:
         self.names: Sequence[str] = sorted(base.weights, key=str.encode)
         inputs = [as_tensor(checkpoint.inputs) for checkpoint in checkpoints if checkpoint.inputs is not None]
         heads = [head_of(checkpoint) for checkpoint in checkpoints]
-        self.calibration = Calibration(base, heads, inputs) if len(inputs) == len(checkpoints) else None
+        samples = [checkpoint.samples for checkpoint in checkpoints]
+        self.calibration = Calibration(base, heads, inputs, samples) if len(inputs) == len(checkpoints) else None
         self._base, self._checkpoints = base, checkpoints
 
     def role(self, name: str) -> Role:

@@ -32,11 +32,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What `fisher` and `regmean` need beside weights: the captured base, and of each model head and inputs."""
+    """What `fisher`, `regmean` and `uowq` need beside weights: the captured base, and of each model head, inputs and
+    count of training samples, None where it does not tell."""
 
     network: Base
     heads: Sequence[HeadTensors]
     inputs: Sequence[Tensor]  # [n, *input_shape]
+    samples: Sequence[int | None]
 
 
 class Models(Protocol):

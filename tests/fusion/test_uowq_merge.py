@@ -11,8 +11,11 @@ from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
+from foldd.core.errors import BadSetup
 from foldd.core.roles import Role
 from foldd.fusion.method import head_of
+from foldd.fusion.offline.bundles import merge_bundles
+from foldd.fusion.offline.uowq import OfflineUowq
 from foldd.fusion.state import as_tensor
 from foldd.fusion.task_vector import task_vector
 from foldd.fusion.uowq import Uowq
@@ -155,3 +158,37 @@ def test_half_precision_and_low_rank_vectors_are_finite_and_deterministic(
         merges.append(weighted_merge([m.vector for m in models], shares, cnn.role))
     assert all(bool(value.isfinite().all()) and value.dtype == dtype for value in merges[0].values())
     assert all(torch.equal(value, merges[1][name]) for name, value in merges[0].items())
+
+
+@pytest.mark.parametrize("target", [0, 2])
+def test_the_offline_method_is_these_functions(target: int, cnn: Base, make: Any) -> None:
+    checkpoints = [make(cnn, task, seed, samples=60 * seed + 30) for seed, task in enumerate("abc")]
+    counts = [30.0, 90.0, 150.0]
+    products = merge_products(cnn, [model(cnn, checkpoint) for checkpoint in checkpoints])
+    shares = shares_for_all(counts, products, 9)
+    if target:
+        shares, _ = shares_for_target(counts, products, 9, target - 1)
+    merged = merge_bundles(OfflineUowq(dimension=9, target=target), cnn, checkpoints)
+    expected = weighted_merge([task_vector(cnn, checkpoint) for checkpoint in checkpoints], shares, cnn.role)
+    for name in cnn.weights:
+        if cnn.role(name) is not Role.STATISTIC:
+            np.testing.assert_allclose(merged[name].numpy(), expected[name].numpy(), atol=1e-5)
+
+
+def test_the_offline_method_wants_counts_and_a_target_that_is_there(cnn: Base, make: Any) -> None:
+    told, silent = make(cnn, "a", 1, samples=5), make(cnn, "b", 2)
+    for method, checkpoints, code in [
+        (OfflineUowq(), [told, silent], "no-samples"), (OfflineUowq(target=3), [told, told], "bad-option"),
+        (OfflineUowq(samples="5"), [told, silent], "bad-option"),
+        (OfflineUowq(samples="5,0"), [told, silent], "bad-option"),
+    ]:  # fmt: skip
+        with pytest.raises(BadSetup) as caught:
+            merge_bundles(method, cnn, checkpoints)
+        assert caught.value.code == code
+
+
+def test_counts_may_be_given_beside_the_bundles(cnn: Base, make: Any) -> None:
+    told = [make(cnn, "a", 1, samples=300), make(cnn, "b", 2, samples=50)]
+    silent = [make(cnn, "a", 1), make(cnn, "b", 2)]
+    one, other = merge_bundles(OfflineUowq(), cnn, told), merge_bundles(OfflineUowq(samples="300,50"), cnn, silent)
+    assert all(torch.equal(one[name], other[name]) for name in one)
