@@ -114,7 +114,7 @@ class Share:
 QUICK = [Share("vit", "plain", 1), Share("vit", "otmf", 1)]
 FULL = [
     Share("vit", "plain", 3), Share("vit", "otmf", 3), Share("vit", "paper", 1), Share("vit", "heads", 1),
-    Share("vit", "ridge", 2), Share("vit", "inputs", 1), Share("vit", "incoming", 1), Share("vit", "drift", 1),
+    Share("vit", "ridge", 2), Share("vit", "inputs", 2), Share("vit", "incoming", 1), Share("vit", "drift", 1),
     Share("vit", "alpha-masks-off", 1), Share("vit", "alpha", 1),
     Share("vit", "alpha-between", 1),
     Share("cnn", "plain", 1), Share("cnn", "paper", 1), Share("cnn", "alpha-masks-off", 1),
