@@ -26,7 +26,7 @@ import torch
 from benchmarks.bench_data import CORE8, Bench, orders, task_list
 from benchmarks.continual import Clock, Job, summary
 from benchmarks.continual_run import PLAIN, Result, Store, measure
-from benchmarks.report import finish, now, options, say
+from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from benchmarks.rivals.table import CONTINUAL
 from benchmarks.rivals.variants import BiasedPaper, FewInputs, HeadTuning
 from foldd.fusion.method import FoldMethod
@@ -154,25 +154,15 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
+    add_data(parser, split="validation")
     parser.add_argument("--bases", type=lambda text: text.split(","), default=["vit", "cnn"])
     parser.add_argument("--parts", type=lambda text: text.split(","), help=f"of {', '.join(PARTS)}; all unless told")
-    parser.add_argument("--split", default="validation", choices=["validation", "test"])
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw a picture; needs matplotlib")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep each run's result here, and use it again")
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if not set(arguments.bases) <= {"vit", "cnn"}:
         parser.error("--bases is vit, cnn or both")
     if unknown := set(arguments.parts or ()) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if arguments.plots:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plots needs matplotlib: pip install matplotlib")
-        arguments.plots.mkdir(parents=True, exist_ok=True)
+    prepare_plots(parser, arguments.plots, "matplotlib")
     return arguments
 
 

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.bench_data import ALL12, Bench, orders, task_list
 from benchmarks.continual_run import PLAIN, Result, Store, measure
-from benchmarks.report import finish, now, options, say
+from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from benchmarks.rivals.joint import JOINT
 from benchmarks.rivals.table import METHODS
 from foldd.core.errors import FolddError
@@ -127,16 +127,11 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
+    add_data(parser, split="test")
     parser.add_argument("--bases", type=lambda text: text.split(","), help="factories in networks.py: vit,cnn")
     parser.add_argument("--tasks", type=lambda text: [int(n) for n in text.split(",")], help="how many: 8,12")
     parser.add_argument("--orders", type=int, help="task orders, the first as listed; 5 unless told")
     parser.add_argument("--methods", type=lambda text: text.split(","), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--split", default="test", choices=["validation", "test"])
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw pictures; needs matplotlib")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep each run's result here, and use it again")
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
@@ -146,13 +141,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"there is no method {', '.join(unknown)}; there are {', '.join((*PLAIN, *METHODS))}")
     if min(*arguments.tasks, 2) < 2 or arguments.orders < 1:
         parser.error("at least 2 tasks and 1 order")
-    if arguments.plots:
-        try:
-            import matplotlib  # noqa: F401
-            import sklearn  # noqa: F401
-        except ImportError as error:
-            parser.error(f"--plots needs {error.name}: pip install matplotlib scikit-learn")
-        arguments.plots.mkdir(parents=True, exist_ok=True)
+    prepare_plots(parser, arguments.plots, "matplotlib", "sklearn")
     return arguments
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.bench_data import Bench, pixels
 from benchmarks.report import say
+from benchmarks.rivals.finetune import one_cycle
 from foldd.core.bundle import Head, write_bundle
 from foldd.core.roles import Role
-from foldd.fusion.batches import batches
 from foldd.fusion.method import head_of
 from foldd.fusion.state import HeadTensors
 from foldd.fusion.task_vector import norm, task_vector
@@ -92,18 +92,11 @@ def _train(bench: Bench, task: str, recipe: Recipe) -> tuple[dict[str, Tensor], 
     for tensor in trained:
         tensor.requires_grad_()
     optimiser = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    steps = recipe.epochs * (len(inputs) // recipe.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, total_steps=steps + 1)
-    draw = batches(len(inputs), recipe.batch, torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(steps):
-        index = next(draw)
-        loss = F.cross_entropy(head.logits(base.features(weights, inputs[index])), labels[index])
-        losses.append(float(loss.detach()))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
+
+    def loss_of(index: Tensor) -> Tensor:
+        return F.cross_entropy(head.logits(base.features(weights, inputs[index])), labels[index])
+
+    losses = one_cycle(optimiser, loss_of, len(inputs), epochs=recipe.epochs, batch=recipe.batch, seed=0)
     say(f"{bench.name} {task}, {recipe}: loss {np.mean(losses[:10]):.2f} → {np.mean(losses[-10:]):.2f}")
     vector = {name: weight.detach() - base.weights[name] for name, weight in weights.items()}
     return vector, HeadTensors(head.weight.detach(), head.bias.detach())

@@ -23,7 +23,7 @@ import torch
 from benchmarks.bench_data import Bench, orders
 from benchmarks.continual_run import Result, Store, measure
 from benchmarks.fine_tuning import Recipe, fine_tuned, mean_norm
-from benchmarks.report import finish, now, options, say
+from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 
 TASKS = ("gtsrb", "quickdraw", "signdigits", "fsdd_spec")  # signs, drawings, photographs, spectrograms
 METHODS = ("otmf", "average")
@@ -82,23 +82,13 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__ or "")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
+    add_data(parser, split="validation")
     parser.add_argument("--bases", type=lambda text: text.split(","), help="vit,cnn unless told; cnn with few recipes")
     parser.add_argument("--orders", type=int, help="task orders, the first as listed; 2 unless told")
-    parser.add_argument("--split", default="validation", choices=["validation", "test"])
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw a picture; needs matplotlib")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep models and results here, and use them again")
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     arguments.bases = arguments.bases or (["vit"] if arguments.quick else ["vit", "cnn"])
     arguments.orders = arguments.orders or (1 if arguments.quick else 2)
-    if arguments.plots:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plots needs matplotlib: pip install matplotlib")
-        arguments.plots.mkdir(parents=True, exist_ok=True)
+    prepare_plots(parser, arguments.plots, "matplotlib")
     return arguments
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,25 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; ends within 5 minutes on two cores")
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser, *, split: str) -> None:
+    """The options of a benchmark on a folder of tasks: `--data --split --plots --cache --threads`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
+    parser.add_argument("--split", default=split, choices=["validation", "test"])
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw pictures; needs matplotlib")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep what was made and measured, and use it again")
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def prepare_plots(parser: argparse.ArgumentParser, folder: Path | None, *packages: str) -> None:
+    """Makes the folder of `--plots`, where one is named; ends the command where a package that draws is missing."""
+    if folder is None:
+        return
+    if missing := [package for package in packages if find_spec(package) is None]:
+        parser.error(f"--plots needs {', '.join(missing)}: pip install 'foldd[bench]'")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def say(text: str) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import uowq_simulation
 from benchmarks.pacs import DOMAINS, Pacs
-from benchmarks.report import finish, now, options, say
+from benchmarks.report import finish, now, options, prepare_plots, say
 from benchmarks.uowq_pacs import Study
 
 PARTS = ("simulation", "few-shot", "half", "lora", "overhead", "multi-task")
@@ -136,12 +136,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"there is no part {wrong[0]}; there are {', '.join(PARTS)}")
     if set(arguments.part) - {"simulation"} and arguments.data is None:
         parser.error("--data is needed for all parts but the simulation")
-    if arguments.plots:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("--plots needs matplotlib: pip install matplotlib")
-        arguments.plots.mkdir(parents=True, exist_ok=True)
+    prepare_plots(parser, arguments.plots, "matplotlib")
     return arguments
 
 

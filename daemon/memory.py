@@ -41,20 +41,20 @@ def return_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 4 * _LARGE_BYTES)
 
 
-def _field(pid: int | str, name: str) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    line = next((line for line in status.splitlines() if line.startswith(name)), f"{name}: 0 kB")
-    return int(line.split()[1]) * 1024
-
-
 def available_bytes() -> int:
     """Memory that the machine can still give without swapping; 0 where it does not say."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _field(pid: int | str, name: str) -> int:
+    return _kilobytes(Path(f"/proc/{pid}/status"), name)
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    """A `name: n kB` line of a file in /proc, in bytes; 0 where the file or the line is missing."""
     try:
-        text = Path("/proc/meminfo").read_text()
+        text = path.read_text()
     except OSError:
         return 0
-    line = next((line for line in text.splitlines() if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
+    line = next((line for line in text.splitlines() if line.startswith(name)), f"{name}: 0 kB")
     return int(line.split()[1]) * 1024

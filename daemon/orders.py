@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 from foldd.core.files import write_file
 from foldd.daemon.intake import Intake
@@ -21,10 +22,12 @@ RETRY, FORGET = "retry", "forget"
 _ORDER = re.compile(rf"({RETRY}|{FORGET})-([0-9a-f]{{64}})")
 
 
-def give(layout: Layout, verb: str, sha256: str) -> None:
-    """Leaves an order for the daemon."""
+def give(layout: Layout, verb: str, sha256: str) -> Path:
+    """Leaves an order for the daemon: a file that is there until it is carried out."""
     layout.orders.mkdir(exist_ok=True)
-    write_file(layout.orders / f"{verb}-{sha256}", b"")
+    path = layout.orders / f"{verb}-{sha256}"
+    write_file(path, b"")
+    return path
 
 
 def carry_out(layout: Layout, ledger: Ledger, intake: Intake) -> None:

@@ -22,7 +22,7 @@ Tensors outside affine layers (norms, embeddings) are means by count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -84,8 +84,8 @@ class Otmf:
         """Folds one checkpoint in.
 
         Held at a time beside θ⁰, the state and the incoming vector, which may all stay in their files: the new merged
-        vector, the new moments (a triangle for each layer), and for one layer at a time its rows and at most four
-        moments in float64.
+        vector, the new moments (two triangles for each layer), and for one layer at a time its rows and a few moments
+        in float64.
 
         Raises:
             BadCheckpoint: `no-calibration` where it has no inputs (but for the first fold), `features-not-finite`
@@ -205,7 +205,8 @@ class _Fold:
         new_gram, new_target = Sight(own, student[:, :seen]).equations(new_layer, self.method.student)
         self.moments[key] = pack_gram(self._gram(key, before), new_gram)
         curvature, stored = self._curvature(layer, new_layer), f"{_CURVATURE}/{layer.weight}"
-        total = self._stored(stored, new_layer.shape[1], torch.eye(new_layer.shape[1], dtype=torch.float64))
+        size = new_layer.shape[1]
+        total = self._stored(stored, size, lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature))
         self.moments[stored] = pack_gram(total, curvature)
         old = Equations(gram, target, total.div_(count))
         share = self.method.incoming
@@ -221,7 +222,7 @@ class _Fold:
 
     def _gram(self, key: str, before: Tensor) -> Tensor:
         """G of all folded tasks; where there are no moments, of the inputs at hand as the merged network sees them."""
-        return self._stored(key, before.shape[2], moment(before, before))
+        return self._stored(key, before.shape[2], lambda: moment(before, before))
 
     def _curvature(self, layer: AffineLayer, matrix: Tensor) -> Tensor:
         """B of the incoming task, as measured, damped."""
@@ -230,15 +231,15 @@ class _Fold:
         empty = matrix.new_zeros(len(matrix), size, size)
         return damped(empty if measured is None else unpack_gram(measured, size), self.method.damping)
 
-    def _stored(self, key: str, size: int, stand_in: Tensor) -> Tensor:
+    def _stored(self, key: str, size: int, stand_in: Callable[[], Tensor]) -> Tensor:
         """A moment summed over all folded tasks, float64 [g, size, size]; `stand_in` for each of the tasks that another
         method folded, which left none."""
         stored = self.state.statistics.get(key)
         if stored is None:
-            return stand_in.mul(self.state.count).expand(1, size, size).clone()
+            return stand_in() * self.state.count
         missing = self.state.count - float(self.state.statistics[_COVERED])
         total = unpack_gram(stored, size)
-        return total.add_(stand_in, alpha=missing) if missing else total
+        return total.add_(stand_in(), alpha=missing) if missing else total
 
     def agreement(self, task: str) -> dict[str, float]:
         """Share of inputs on which the merge decides as its teacher: the incoming and the previous task."""

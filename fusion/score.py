@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,13 +10,12 @@ from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
-from foldd.core.roles import Role
-from foldd.fusion.matrices import as_matrix, is_factored
 from foldd.fusion.method import FoldReport, Progress, finish, silent
 from foldd.fusion.offline.score import score_merge
 from foldd.fusion.state import MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
 from foldd.fusion.task_vector import task_vector
+from foldd.fusion.tensorwise import fold_matrices
 from foldd.fusion.tsv_m import ranks_by_count
 
 
@@ -57,21 +57,13 @@ class Score:
         progress(0.0)
         base, count = state.base, state.count
         vector = task_vector(base, checkpoint)
-        merged = vector
+        merged: Mapping[str, Tensor] = vector
         if count:
-            merged = {}
-            for done, (name, old) in enumerate(state.merged.items(), start=1):
-                if base.role(name) is not Role.STATISTIC:
-                    merged[name] = self._merge(is_factored(base, name), old, vector[name], count)
-                progress(done / (len(base.weights) + 1))
-            merged |= merge_statistics(base, state.merged, vector, count)
+
+            def merge(old: Tensor, new: Tensor, rank: int) -> Tensor:
+                return score_merge([old, new], self.threshold, ranks_by_count(rank, count), count + 1)
+
+            folded = fold_matrices(state, vector, progress, merge)
+            merged = folded | merge_statistics(base, state.merged, vector, count)
         progress(1.0)
         return finish(self.name, state, checkpoint, vector, merged)
-
-    def _merge(self, factored: bool, old: Tensor, new: Tensor, count: int) -> Tensor:
-        """One tensor of `count` tasks and of one more; a fresh tensor."""
-        rank = min(as_matrix(new).shape)
-        if not factored or rank < 2:
-            return old + (new - old) / (count + 1)
-        pair = [as_matrix(old), as_matrix(new)]
-        return score_merge(pair, self.threshold, ranks_by_count(rank, count), count + 1).view(new.shape)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
-from foldd.core.roles import Role
-from foldd.fusion.matrices import Svd, as_matrix, is_factored, polar_factor, svd
+from foldd.fusion.matrices import Svd, polar_factor, svd
 from foldd.fusion.method import FoldReport, Progress, finish, silent
 from foldd.fusion.state import MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
 from foldd.fusion.task_vector import task_vector
+from foldd.fusion.tensorwise import fold_matrices
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,17 @@ class TsvM:
         vector = task_vector(base, checkpoint)
         merged: Mapping[str, Tensor] = vector
         if count:
-            merged = {}
-            scaled = self.alpha if count > 1 else 1.0
-            for done, (name, old) in enumerate(state.merged.items(), start=1):
-                if base.role(name) is not Role.STATISTIC:
-                    merged[name] = self._merge(is_factored(base, name), old / scaled, vector[name], count)
-                    merged[name].mul_(self.alpha)
-                progress(done / (len(base.weights) + 1))
-            merged |= merge_statistics(base, state.merged, vector, count)
+
+            def merge(old: Tensor, new: Tensor, rank: int) -> Tensor:
+                ranks = ranks_by_count(rank, count) if self.by_count else (rank // 2, rank // 2)
+                return tsv_merge([old, new], ranks)
+
+            folded = fold_matrices(state, vector, progress, merge, scale=self.alpha if count > 1 else 1.0)
+            for tensor in folded.values():
+                tensor.mul_(self.alpha)
+            merged = folded | merge_statistics(base, state.merged, vector, count)
         progress(1.0)
         return finish(self.name, state, checkpoint, vector, merged)
-
-    def _merge(self, factored: bool, old: Tensor, new: Tensor, count: int) -> Tensor:
-        """One tensor of `count` tasks and of one more; a fresh tensor."""
-        rank = min(as_matrix(new).shape)
-        if not factored or rank < 2:
-            return old + (new - old) / (count + 1)
-        ranks = ranks_by_count(rank, count) if self.by_count else (rank // 2, rank // 2)
-        return tsv_merge([as_matrix(old), as_matrix(new)], ranks).view(new.shape)
 
 
 def ranks_by_count(rank: int, count: int) -> tuple[int, int]:

@@ -52,21 +52,48 @@ class ContinualFinetuning:
         head = head_of(checkpoint)
         weights = {name: base.weights[name] + state.merged[name] for name in base.weights}
         trained = [weights[n].requires_grad_() for n in weights if base.role(n) is not Role.STATISTIC]
+
+        def loss_of(index: Tensor) -> Tensor:
+            return F.cross_entropy(head.logits(base.features(weights, inputs[index])), labels[index])
+
         optimiser = torch.optim.AdamW(trained, lr=self.learning_rate)
-        steps = self.epochs * (len(inputs) // min(self.batch, len(inputs)))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.learning_rate, total_steps=steps + 1)
-        draw = batches(len(inputs), self.batch, torch.Generator().manual_seed(seed))
-        losses: list[float] = []
-        for step in range(steps):
-            index = next(draw)
-            loss = F.cross_entropy(head.logits(base.features(weights, inputs[index])), labels[index])
-            losses.append(float(loss.detach()))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            progress((step + 1) / steps)
+        losses = one_cycle(
+            optimiser, loss_of, len(inputs), epochs=self.epochs, batch=self.batch, seed=seed, progress=progress
+        )
         merged = {name: weight.detach() - base.weights[name] for name, weight in weights.items()}
         learned = {name: merged[name] - state.merged[name] for name in merged}
-        training = Training(steps, losses[0], losses[-1], min(losses))
+        training = Training(len(losses), losses[0], losses[-1], min(losses))
         return finish(self.name, state, checkpoint, learned, merged, training=training)
+
+
+def one_cycle(
+    optimiser: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    progress: Progress = silent,
+) -> list[float]:
+    """Trains with a one-cycle schedule up to the optimiser's own rate, on seeded batches of `count` samples.
+
+    Args:
+        loss_of: indices of a batch → scalar.
+
+    Returns:
+        The loss of each step.
+    """
+    steps = epochs * (count // min(batch, count))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, optimiser.param_groups[0]["lr"], total_steps=steps + 1)
+    draw = batches(count, batch, torch.Generator().manual_seed(seed))
+    losses: list[float] = []
+    for step in range(steps):
+        loss = loss_of(next(draw))
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+        progress((step + 1) / steps)
+    return losses

@@ -40,12 +40,12 @@ def _order(arguments: argparse.Namespace) -> int:
                 f"{arrival.name} is {arrival.state}.",
                 remedy="`foldd status` shows what is held, the folder quarantine/ what was set aside.",
             )
-        orders.give(layout, arguments.verb, arrival.sha256)
+        order = orders.give(layout, arguments.verb, arrival.sha256)
         if holder(layout.lock) is None:
             print(f"{arrival.name}: foldd is not running; it will {arguments.verb} it when it starts")
             return 0
         until = time.monotonic() + _WAIT_SECONDS
-        while (layout.orders / f"{arguments.verb}-{arrival.sha256}").exists():
+        while order.exists():
             if time.monotonic() > until:
                 raise Unavailable(
                     "not-done-yet",

@@ -61,6 +61,17 @@ class Cnn(nn.Module):
         return self.last(F.relu(self.bn(self.stem(x))).mean((2, 3)))
 
 
+class Grouped(nn.Module):
+    """[n, 3, 6, 6] → [n, 5], its convolution in three groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 6, 3, groups=3), nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.conv(x)).mean((2, 3)))
+
+
 @cache
 def captured(network: type[nn.Module], input_shape: tuple[int, ...]) -> tuple[FeatureFunction, Walker]:
     return network_of(capture(network(), input_shape))
@@ -101,6 +112,19 @@ def cnn() -> Base:
     }
     kinds = (Role.CONVOLUTION, Role.NORM, Role.BIAS, Role.STATISTIC, Role.STATISTIC, Role.MATRIX)
     return make_base(weights, dict(zip(weights, kinds, strict=True)), Cnn, (3, 6, 6))
+
+
+@pytest.fixture
+def grouped() -> Base:
+    """[3, 6, 6] → [5]."""
+    g = torch.Generator().manual_seed(4)
+    weights = {
+        "conv.weight": torch.randn(6, 1, 3, 3, generator=g) * 0.3,
+        "conv.bias": torch.randn(6, generator=g) * 0.1,
+        "last.weight": torch.randn(5, 6, generator=g),
+    }
+    roles = dict(zip(weights, (Role.CONVOLUTION, Role.BIAS, Role.MATRIX), strict=True))
+    return make_base(weights, roles, Grouped, (3, 6, 6))
 
 
 @pytest.fixture

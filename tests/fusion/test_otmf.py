@@ -234,6 +234,15 @@ def test_tasks_that_another_method_folded_are_stood_in_for(mlp: Base, make: Any)
     assert 0.05 < share < 0.6
 
 
+def test_a_grouped_convolution_that_another_method_folded(grouped: Base, make: Any) -> None:
+    """Its stand-in moments have as many groups as it has."""
+    state = run(Average(), grouped, make(grouped, "a", 1), make(grouped, "b", 2))
+    after, _ = Otmf().fold(state, make(grouped, "c", 3), seed=0)
+    assert after.statistics["gram/conv.weight"].shape[0] == 3
+    assert after.statistics["curvature/conv.weight"].shape[0] == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in after.merged.values())
+
+
 def test_the_report_says_how_well_the_teachers_are_followed(mlp: Base, make: Any) -> None:
     one, two = make(mlp, "a", 1), make(mlp, "b", 2)
     state = run(Otmf(), mlp, one)
