@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import msgspec
 import numpy as np
+import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 _FOLDABLE = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -55,6 +57,35 @@ def find_norms(module: GraphModule) -> list[tuple[FoldedNorm, Node, Node]]:
         rule = FoldedNorm(names[0], names[1], names[2], names[3], names[4], names[5], float(norm.args[7]), folded)
         found.append((rule, conv, norm))
     return found
+
+
+def fold_graph(module: GraphModule) -> tuple[FoldedNorm, ...]:
+    """Takes the foldable BatchNorms out of a captured network, in place; their convolutions get a bias of zeros.
+
+    Tensors that nothing reads any more go too. The weights that fit it are what `fold_norms` makes by the rules.
+    """
+    rules = []
+    for rule, conv, norm in find_norms(module):
+        owner, _, leaf = rule.folded_bias.rpartition(".")
+        channels = norm.meta["val"].shape[1]
+        parent = module.get_submodule(owner)
+        setattr(parent, leaf, nn.Parameter(torch.zeros(int(channels))))
+        with module.graph.inserting_before(conv):
+            bias = module.graph.get_attr(rule.folded_bias)
+        arguments = list(conv.args) + [None] * (3 - len(conv.args))
+        arguments[2] = bias
+        conv.args = tuple(arguments)
+        norm.replace_all_uses_with(conv)
+        module.graph.erase_node(norm)
+        rules.append(rule)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in list(module.state_dict(keep_vars=True)):
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+    return tuple(rules)
 
 
 def fold_norms(weights: Mapping[str, np.ndarray], rules: tuple[FoldedNorm, ...]) -> dict[str, np.ndarray]:

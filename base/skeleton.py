@@ -18,7 +18,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from foldd.base.batch_norm import FoldedNorm, find_norms
+from foldd.base.batch_norm import FoldedNorm, fold_graph
 from foldd.base.load import input_shape_of
 from foldd.core.errors import BadSetup
 
@@ -42,7 +42,7 @@ def export_skeleton(program: ExportedProgram) -> tuple[bytes, tuple[FoldedNorm, 
     """
     module = copy.deepcopy(program.module(check_guards=False))
     assert isinstance(module, GraphModule)
-    rules = _fold(module)
+    rules = fold_graph(module)
     _scramble(module)
     shape = input_shape_of(program)
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(_SEED))
@@ -63,32 +63,6 @@ def export_skeleton(program: ExportedProgram) -> tuple[bytes, tuple[FoldedNorm, 
     _strip(model)
     _check_patchable(model, {name: t.numpy() for name, t in module.state_dict().items() if t.is_floating_point()})
     return model.SerializeToString(deterministic=True), rules
-
-
-def _fold(module: GraphModule) -> tuple[FoldedNorm, ...]:
-    """Takes the foldable BatchNorms out of the graph; their convolutions get a bias."""
-    rules = []
-    for rule, conv, norm in find_norms(module):
-        owner, _, leaf = rule.folded_bias.rpartition(".")
-        channels = norm.meta["val"].shape[1]
-        parent = module.get_submodule(owner)
-        setattr(parent, leaf, nn.Parameter(torch.zeros(int(channels))))
-        with module.graph.inserting_before(conv):
-            bias = module.graph.get_attr(rule.folded_bias)
-        arguments = list(conv.args) + [None] * (3 - len(conv.args))
-        arguments[2] = bias
-        conv.args = tuple(arguments)
-        norm.replace_all_uses_with(conv)
-        module.graph.erase_node(norm)
-        rules.append(rule)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    for name in list(module.state_dict(keep_vars=True)):
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(owner), leaf)
-    return tuple(rules)
 
 
 def _scramble(module: nn.Module) -> None:

@@ -12,8 +12,11 @@ import msgspec
 from foldd.core.manifest import ArtifactEntry
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that decides a fold's bytes; written to the ledger before the work."""
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that decides a fold's bytes; written to the ledger before the work.
+
+    Fields with a default are younger than the first ledgers: a plan from before an upgrade still counts.
+    """
 
     method: str
     options: dict[str, Any]
@@ -24,6 +27,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: float
     conflict: float
     on_conflict: str
+    format: str = "float"  # of the artifact
+    iterations: int = 0  # of reconstruction, a block
+    state: str = "float"  # or "quantized": how the merged vector is kept
+    agreement: float = 0.0
     config_digest: str
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import msgspec
 
 from foldd.daemon.jobs import Plan
-from foldd.daemon.settings import METHOD_TABLES, Fold, Gate
+from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Quantize
+
+FAST_ITERATIONS = 100
+PAPER_ITERATIONS = 20_000
 
 
-def make_plan(fold: Fold, gate: Gate, config_digest: str) -> dict[str, Any]:
+def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) -> dict[str, Any]:
     """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here."""
     plan = Plan(
         method=fold.method,
@@ -23,10 +26,19 @@ def make_plan(fold: Fold, gate: Gate, config_digest: str) -> dict[str, Any]:
         parity=gate.parity,
         conflict=gate.conflict,
         on_conflict=gate.on_conflict,
+        format=quantize.format,
+        iterations=iterations_for(quantize.effort),
+        state=quantize.state,
+        agreement=gate.agreement,
         config_digest=config_digest,
     )
     result: dict[str, Any] = msgspec.to_builtins(plan)
     return result
+
+
+def iterations_for(effort: str | float) -> int:
+    """Iterations of reconstruction a block."""
+    return {"fast": FAST_ITERATIONS, "paper": PAPER_ITERATIONS}[str(effort)]
 
 
 def stored_plan(plan: dict[str, Any] | None) -> Plan:

@@ -129,6 +129,12 @@ class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHO
     uowq: Uowq = Uowq()
 
 
+class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: Literal["float", "w8a8", "w4a8", "w8", "w4"] = "float"
+    effort: Literal["fast", "paper"] | Annotated[float, Meta(gt=0)] = "fast"
+    state: Literal["float", "quantized"] = "float"
+
+
 class Intake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settle_seconds: Seconds = 2.0
     rescan_seconds: Annotated[float, Meta(ge=0.1)] = 30.0
@@ -146,6 +152,7 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Rate = 1e-4
+    agreement: Share = 0.9
     conflict: Share = 0.5
     on_conflict: Literal["fold", "hold", "refuse"] = "fold"
 
@@ -165,6 +172,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: State = State()
     base: BaseNetwork = BaseNetwork()
     fold: Fold = Fold()
+    quantize: Quantize = Quantize()
     intake: Intake = Intake()
     worker: Worker = Worker()
     gate: Gate = Gate()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("base", "core", "daemon", "export", "fusion", "runtime")
+ROOMS = ("base", "core", "daemon", "export", "fusion", "quantize", "runtime")
 
 
 def test_import_rules():

@@ -1,0 +1,1 @@
+"""HDRQ: quantizers, block-wise reconstruction, noise-sampled rounding, and merging of quantized weights."""
