@@ -67,7 +67,8 @@ class Latent:
         if self._base is None or not self._pull:
             return 0.0
         # Not squared: a pull of constant strength, as in the authors' code.
-        return self._pull * torch.linalg.vector_norm(self._latent - self._base)
+        distance: Tensor = torch.linalg.vector_norm(self._latent - self._base)
+        return self._pull * distance
 
     @torch.no_grad()
     def result(self) -> QuantizedTensor:

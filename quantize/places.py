@@ -52,10 +52,8 @@ def find_places(network: FoldedNetwork) -> tuple[Place, ...]:
             total = _behind_relu(addition)
             keys.setdefault(total, []).append(f"{layer.weight}:sum")
             everywhere.add(total)
-    order = {node: i for i, node in enumerate(network.nodes)}
     return tuple(
-        Place(tuple(keys[node]), node, node in everywhere, node in taken)
-        for node in sorted(keys, key=order.__getitem__)
+        Place(tuple(keys[node]), node, node in everywhere, node in taken) for node in network.nodes if node in keys
     )
 
 

@@ -54,7 +54,7 @@ def nearest_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
 
 def fake_quantize(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """clamp(⌊x/Δ⌉, low, high)·Δ with LSQ's gradients; the step broadcasts against the values."""
-    result: Tensor = _FakeQuantize.apply(values, step, low, high)
+    result: Tensor = _FakeQuantize.apply(values, step, low, high)  # type: ignore[no-untyped-call]
     return result
 
 
