@@ -43,7 +43,9 @@ def merge_tensors(
         ((w, t) for w, t in zip(weights, tensors, strict=True) if w > 0),
         key=lambda part: (part[0], part[1].step.tobytes(), part[1].codes.tobytes()),
     )
-    blend = Blend([t.codes for _, t in parts], [_broad(t) for _, t in parts], [w for w, _ in parts])
+    blend = Blend(
+        [t.codes for _, t in parts], [t.broad_step().astype(np.float64) for _, t in parts], [w for w, _ in parts]
+    )
     bits = tensors[0].bits
     codes = np.clip(rounding.round(blend, random_for(seed, name)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     per_channel = any(t.step.ndim for _, t in parts)
@@ -105,12 +107,6 @@ def _mean(name: str, models: Sequence[Mapping[str, np.ndarray]], weights: Sequen
         raise ValueError(f"{name} has other shapes in other models: {[list(array.shape) for array in arrays]}.")
     terms = np.stack([weight * array.astype(np.float64) for weight, array in zip(weights, arrays, strict=True)])
     return np.asarray(np.sort(terms, axis=0).sum(0), np.float32)
-
-
-def _broad(tensor: QuantizedTensor) -> np.ndarray:
-    """A tensor's step in float64, broadcastable against its codes."""
-    step = tensor.step.astype(np.float64)
-    return step.reshape(-1, *[1] * (tensor.codes.ndim - 1)) if step.ndim else step
 
 
 def _check(tensors: Sequence[QuantizedTensor], weights: Sequence[float]) -> None:
