@@ -7,15 +7,24 @@ step survives in the mean over many weights and many roundings, where rounding t
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
 from foldd.core.quantized import QuantizedTensor
+from foldd.core.roles import Role
 
 PIECE = 1 << 20  # elements that are in float64 at a time
 # Of a step. codes · step in float32, divided by a step that is itself computed anew, misses a code of 127 by 127 · 2⁻²³
 # at most; what is so near to an integer is that integer, or a vector that nothing changed would wander with each fold.
 NEARLY = 2.0**-15
+# Norms, biases and statistics are few, and their values are not alike within a tensor.
+_WEIGHTS = {Role.MATRIX, Role.CONVOLUTION, Role.EMBEDDING}
+
+
+def is_worth_codes(role: Role, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is one that is kept or sent in integers: weights, unless a channel is a single number."""
+    return role in _WEIGHTS and len(shape) > 1 and math.prod(shape[1:]) > 1
 
 
 def random_for(seed: int, name: str) -> np.random.Generator:

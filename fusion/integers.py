@@ -16,13 +16,10 @@ from torch import Tensor
 
 from foldd.base.network import Base
 from foldd.core.quantized import QuantizedTensor
-from foldd.core.roles import Role
-from foldd.core.rounding import random_for, to_integers
+from foldd.core.rounding import is_worth_codes, random_for, to_integers
 from foldd.core.tensorfile import hand_back
 
 BITS = 8
-# Norms, biases and statistics are few, and their values are not alike within a tensor.
-_ROLES = {Role.MATRIX, Role.CONVOLUTION, Role.EMBEDDING}
 
 
 class IntegerVector(Mapping[str, Tensor]):
@@ -71,7 +68,7 @@ def round_vector(base: Base, vector: Mapping[str, Tensor], seed: int) -> Integer
     floats: dict[str, Tensor] = {}
     for name in base.weights:
         tensor = vector[name]
-        if base.role(name) in _ROLES and tensor.ndim > 1 and tensor.numel() >= 2 * len(tensor):
+        if is_worth_codes(base.role(name), tuple(tensor.shape)):
             codes[name] = to_integers(tensor.numpy(), BITS, random_for(seed, name))
         else:
             floats[name] = tensor
