@@ -48,10 +48,21 @@ def test_without_bias_the_mean_over_seeds_is_the_value(values):
     assert (np.abs(nearest - values)[:5] > 5 * deviation[:5] + 1e-4 * step[:5]).mean() > 0.4
 
 
-def test_what_was_rounded_is_not_rounded_again(values):
-    once = to_integers(values, 8, random_for(1, "w"))
-    for seed in range(20):
-        again = to_integers(once.values(), 8, random_for(seed, "w"))
+class Always:
+    """The random numbers that are least likely to be drawn."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self, shape):
+        return np.full(shape, self.number)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2.0**-53])
+def test_what_was_rounded_is_not_rounded_again(values, number):
+    for seed in range(5):
+        once = to_integers(values, 8, random_for(seed, "w"))
+        again = to_integers(once.values(), 8, Always(number))
         assert (again.codes == once.codes).all()
         np.testing.assert_allclose(again.step[:5], once.step[:5], rtol=1e-6)
 

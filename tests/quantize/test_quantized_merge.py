@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import permutations
 
@@ -300,6 +301,14 @@ def test_neither_the_models_order_nor_their_tensors_matters():
     one = merge_models(models, weights, Noise(), seed=5)
     turned = merge_models(models[::-1], weights[::-1], Noise(), seed=5)
     alone = merge_models([model(s, ("one.weight",)) for s in (1, 2, 3)], weights, Noise(), seed=5)
+    # A mean of numbers that cancel shows the order in which they are summed.
+    biases = [{"one.bias": np.full(4, value, np.float32)} for value in (1e20, 1, -1e20)]
+    cancelling = [replace(m, floats=floats) for m, floats in zip(models, biases, strict=True)]
+    means = {
+        merge_models([cancelling[i] for i in order], [1 / 3] * 3, Nearest()).floats["one.bias"].tobytes()
+        for order in permutations((0, 1, 2))
+    }
+    assert len(means) == 1
     assert (one.weights["one.weight"].codes == turned.weights["one.weight"].codes).all()
     assert one.floats["one.bias"].tobytes() == turned.floats["one.bias"].tobytes()
     assert (one.weights["one.weight"].codes == alone.weights["one.weight"].codes).all()
