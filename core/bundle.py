@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from foldd.core.base_spec import TASK_PATTERN, BaseSpec
+from foldd.core.base_spec import BaseSpec
+from foldd.core.bundle_fields import checked_task, read_calibration, read_classes, read_head, read_samples, some
 from foldd.core.digests import TensorDigest, sha256_file
 from foldd.core.errors import BadCheckpoint
 from foldd.core.files import build_file
+from foldd.core.quantized import QuantizedTensor
 from foldd.core.roles import Role
+from foldd.core.scaled import scaled
 from foldd.core.tensorfile import StoredTensor, TensorFile, hand_back, open_tensors, write_tensors
 
 FORMAT = "1"
 MAX_BUNDLE_BYTES = 8 * 1024**3
-MAX_CLASSES = 100_000
-MAX_CALIBRATION_SAMPLES = 4096
 MAX_METADATA_BYTES = 1024 * 1024
-MAX_CLASS_NAMES_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -112,22 +112,22 @@ def _open_marked(file: TensorFile, base: BaseSpec, sha256: str, name: str) -> Ch
             f"{name} must hold either model/… or delta/… tensors; it holds {', '.join(sorted(prefixes)) or 'nothing'}.",
         )
     known = {"head/weight", "head/bias", "calibration/inputs", "calibration/labels"}
-    if unknown := [t for t in file.tensors if t not in known and t.partition("/")[0] not in kinds]:
-        raise BadCheckpoint("unknown-tensors", f"{name}: tensors that no bundle has: {_some(unknown)}.")
+    if unknown := [t for t in file.tensors if t not in known and t.partition("/")[0] not in kinds | {"step"}]:
+        raise BadCheckpoint("unknown-tensors", f"{name}: tensors that no bundle has: {some(unknown)}.")
     kind = kinds.pop()
-    parameters = {t[len(kind) + 1 :]: tensor for t, tensor in file.tensors.items() if t.startswith(kind + "/")}
-    head = _head(file, "head/weight", "head/bias", base, name)
-    inputs, labels = _calibration(file, base, len(head.bias), name)
+    parameters = scaled(file.tensors, kind, name)
+    head = Head(*read_head(file, "head/weight", "head/bias", base.features, name))
+    inputs, labels = read_calibration(file, base.input_shape, len(head.bias), name)
     return Checkpoint(
-        task=_task(meta.get("foldd.task", ""), name),
+        task=checked_task(meta.get("foldd.task", ""), name),
         sha256=sha256,
         is_delta=kind == "delta",
         parameters=_canonical(parameters, base, name),
         head=head,
         inputs=inputs,
         labels=labels,
-        samples=_samples(meta.get("foldd.samples"), name),
-        classes=_classes(meta.get("foldd.classes"), len(head.bias), name),
+        samples=read_samples(meta.get("foldd.samples"), name),
+        classes=read_classes(meta.get("foldd.classes"), len(head.bias), name),
         is_plain=False,
         file=file,
     )
@@ -143,11 +143,11 @@ def _open_plain(file: TensorFile, base: BaseSpec, sha256: str, name: str) -> Che
     own = (f"{base.head}.weight", f"{base.head}.bias")
     parameters = {t: tensor for t, tensor in file.tensors.items() if t not in own}
     return Checkpoint(
-        task=_task(name.removesuffix(".safetensors"), name),
+        task=checked_task(name.removesuffix(".safetensors"), name),
         sha256=sha256,
         is_delta=False,
         parameters=_canonical(parameters, base, name),
-        head=_head(file, *own, base, name),
+        head=Head(*read_head(file, *own, base.features, name)),
         inputs=None,
         labels=None,
         samples=None,
@@ -163,7 +163,7 @@ def _canonical(parameters: dict[str, StoredTensor], base: BaseSpec, name: str) -
     if unknown := [t for t in parameters if t not in base.tensors]:
         raise BadCheckpoint(
             "unknown-tensors",
-            f"{name}: the base has no tensor {_some(unknown)}.",
+            f"{name}: the base has no tensor {some(unknown)}.",
             why="another architecture, or names with a prefix such as `module.`.",
             remedy="Save the state dict under the base's own names.",
         )
@@ -178,6 +178,12 @@ def _canonical(parameters: dict[str, StoredTensor], base: BaseSpec, name: str) -
             )
         if spec.role is Role.COUNTER:
             continue
+        if stored.dtype == "I8" and not stored.is_float:
+            raise BadCheckpoint(
+                "codes-without-step",
+                f"{name}: {tensor} is 8-bit integers, and there is no step to scale them by.",
+                remedy=f"Store step/{tensor} beside it, as `foldd pack --quantize w8` does, or floats.",
+            )
         if not stored.is_float:
             raise BadCheckpoint("wrong-dtype", f"{name}: {tensor} has type {stored.dtype}, weights are floats.")
         canonical = spec.tied_to or tensor
@@ -192,106 +198,11 @@ def _canonical(parameters: dict[str, StoredTensor], base: BaseSpec, name: str) -
     if missing:
         raise BadCheckpoint(
             "missing-tensors",
-            f"{name} lacks {_some(missing)}.",
+            f"{name} lacks {some(missing)}.",
             why="an adapter or a part of the model was saved instead of the whole.",
             remedy="Save every weight and buffer of the model (integer counters may be left out).",
         )
     return {t: kept[t] for t in sorted(kept, key=str.encode)}
-
-
-def _head(file: TensorFile, weight: str, bias: str, base: BaseSpec, name: str) -> Head:
-    if weight not in file.tensors:
-        raise BadCheckpoint(
-            "no-head", f"{name} has no {weight}.", remedy="Pack the task's classifier with the weights."
-        )
-    w = file.tensors[weight]
-    if len(w.shape) != 2 or w.shape[1] != base.features or not 1 <= w.shape[0] <= MAX_CLASSES or not w.is_float:
-        raise BadCheckpoint(
-            "wrong-head",
-            f"{name}: {weight} is {w.dtype} {list(w.shape)}, expected float [classes, {base.features}].",
-            why="the head belongs to another feature output.",
-        )
-    if bias not in file.tensors:
-        return Head(w.float32(), np.zeros(w.shape[0], np.float32))
-    b = file.tensors[bias]
-    if b.shape != (w.shape[0],) or not b.is_float:
-        raise BadCheckpoint("wrong-head", f"{name}: {bias} is {b.dtype} {list(b.shape)}, expected [{w.shape[0]}].")
-    return Head(w.float32(), b.float32())
-
-
-def _calibration(
-    file: TensorFile, base: BaseSpec, classes: int, name: str
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    inputs, labels = file.tensors.get("calibration/inputs"), file.tensors.get("calibration/labels")
-    if inputs is None:
-        return None, None
-    if inputs.shape[1:] != base.input_shape or not inputs.is_float or not inputs.shape[0]:
-        raise BadCheckpoint(
-            "wrong-calibration",
-            f"{name}: calibration/inputs is {inputs.dtype} {list(inputs.shape)}, "
-            f"expected float [n, {', '.join(map(str, base.input_shape))}].",
-            remedy="Store calibration inputs as the network sees them, after preprocessing.",
-        )
-    if inputs.shape[0] > MAX_CALIBRATION_SAMPLES:
-        raise BadCheckpoint(
-            "too-much-calibration",
-            f"{name} has {inputs.shape[0]} calibration inputs, the limit is {MAX_CALIBRATION_SAMPLES}.",
-            remedy="64 are enough.",
-        )
-    if labels is None:
-        return inputs.float32(), None
-    if labels.shape != inputs.shape[:1] or labels.is_float:
-        raise BadCheckpoint("wrong-calibration", f"{name}: calibration/labels must be integers [{inputs.shape[0]}].")
-    values = labels.stored().astype(np.int64)
-    if values.min() < 0 or values.max() >= classes:
-        raise BadCheckpoint("wrong-calibration", f"{name}: a calibration label is outside 0…{classes - 1}.")
-    return inputs.float32(), values
-
-
-def _task(task: str, name: str) -> str:
-    if not TASK_PATTERN.fullmatch(task):
-        raise BadCheckpoint(
-            "bad-task-name",
-            f"{name}: {task!r} cannot name a task.",
-            remedy="Use letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first.",
-        )
-    return task
-
-
-def _samples(text: str | None, name: str) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 15 or int(text) == 0:
-        raise BadCheckpoint("bad-metadata", f"{name}: foldd.samples is {text[:40]!r}, expected a positive integer.")
-    return int(text)
-
-
-def _classes(text: str | None, count: int, name: str) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or len(names) != count or not all(isinstance(n, str) for n in names):
-        raise BadCheckpoint("bad-metadata", f"{name}: foldd.classes must be a JSON list of {count} strings.")
-    try:
-        size = sum(len(n.encode()) + 3 for n in names)
-    except UnicodeEncodeError as error:
-        raise BadCheckpoint("bad-metadata", f"{name}: a class name is no valid text: {error.reason}.") from error
-    if size > MAX_CLASS_NAMES_BYTES:
-        raise BadCheckpoint(
-            "bad-metadata",
-            f"{name}: class names of {size} bytes, the limit is {MAX_CLASS_NAMES_BYTES}.",
-            why="they travel with every manifest.",
-            remedy="Leave foldd.classes out; classes are then numbered.",
-        )
-    return tuple(names)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(n) for n in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def content_digest(tensors: Mapping[str, StoredTensor]) -> str:
@@ -305,7 +216,7 @@ def content_digest(tensors: Mapping[str, StoredTensor]) -> str:
 
 def write_bundle(
     path: Path,
-    parameters: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray | QuantizedTensor],
     head: Head,
     *,
     task: str,
@@ -319,13 +230,20 @@ def write_bundle(
     """Writes a bundle and opens it once more, so that a bundle that was written is a bundle that is accepted.
 
     Args:
-        parameters: name → array, full weights or, with `is_delta`, differences to the base.
+        parameters: name → array, or codes with their step; full weights or, with `is_delta`, differences to the base.
 
     Raises:
         BadCheckpoint: what was handed in makes no valid bundle for this base; no file is left.
     """
     prefix = "delta/" if is_delta else "model/"
-    tensors = {prefix + name: np.ascontiguousarray(array) for name, array in parameters.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, values in parameters.items():
+        if isinstance(values, QuantizedTensor):
+            tensors |= {prefix + name: values.codes, f"step/{name}": values.step}
+        else:
+            tensors[prefix + name] = values
+    # Not `ascontiguousarray`, which makes a vector of a scalar.
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     tensors |= {"head/weight": np.ascontiguousarray(head.weight), "head/bias": np.ascontiguousarray(head.bias)}
     if inputs is not None:
         tensors["calibration/inputs"] = np.ascontiguousarray(inputs)

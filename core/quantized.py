@@ -29,8 +29,11 @@ class QuantizedTensor:
 
     def values(self) -> np.ndarray:
         """`codes · step`, float32."""
-        step = self.step.reshape(-1, *[1] * (self.codes.ndim - 1)) if self.step.ndim else self.step
-        return np.asarray(self.codes * step, np.float32)
+        return np.asarray(self.codes * self.broad_step(), np.float32)
+
+    def broad_step(self) -> np.ndarray:
+        """The step, broadcastable against the codes."""
+        return self.step.reshape(-1, *[1] * (self.codes.ndim - 1)) if self.step.ndim else self.step
 
 
 @dataclass(frozen=True)

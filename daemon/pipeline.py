@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from foldd.daemon.memory import peak_rss_bytes, reset_peak
 from foldd.daemon.methods import make_method
 from foldd.daemon.verify import verify_values
 from foldd.export.artifact import build_artifact
+from foldd.fusion.integers import round_vector
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import MergeState, empty_state, merged_weights, pack, unpack
 
@@ -155,6 +156,9 @@ def _fold(
             why="weights of extreme size in this checkpoint.",
             remedy="Look at its task-vector norm; fine-tune with a lower learning rate.",
         )
+    if plan.state == "quantized":
+        # Here and not when it is stored: what is exported and judged is what the next fold will find.
+        new = replace(new, merged=round_vector(state.base, new.merged, seed))
     return new, report
 
 

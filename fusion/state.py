@@ -15,7 +15,9 @@ from torch import Tensor
 from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.core.errors import BadSetup
+from foldd.core.quantized import QuantizedTensor
 from foldd.core.tensorfile import hand_back
+from foldd.fusion.integers import BITS, IntegerVector
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,8 @@ class MergeState:
 
     Attributes:
         base: θ⁰; not serialised, its digest is.
-        merged: merged task vector θ_merged − θ⁰: the names of `base.weights`, statistics included, float32.
+        merged: merged task vector θ_merged − θ⁰: the names of `base.weights`, statistics included, float32; an
+            `IntegerVector` where its weights are kept in integers.
         statistics: the method's own tensors, of constant size; may be empty.
         heads: task → head, in name order.
         calibration: the last folded task's calibration inputs [n, *input_shape]; None where it had none.
@@ -69,9 +72,11 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The state as arrays and string metadata for one `.safetensors` file: contiguous, and views that nobody may write
     to, so that a state in memory is not held twice.
 
-    Names: `merged/<name>`, `statistics/<name>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`.
+    Names: `merged/<name>`, `statistics/<name>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`; of an
+    `IntegerVector` the codes are `merged/<name>` and its steps `step/<name>`.
     """
-    tensors = {f"merged/{name}": tensor for name, tensor in state.merged.items()}
+    codes = state.merged.codes if isinstance(state.merged, IntegerVector) else {}
+    tensors = {f"merged/{name}": state.merged[name] for name in state.merged if name not in codes}
     tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
     for task, head in state.heads.items():
         tensors |= {f"heads/{task}/weight": head.weight, f"heads/{task}/bias": head.bias}
@@ -81,6 +86,8 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if state.previous is not None:
         metadata["previous"] = state.previous
     arrays = {name: np.asarray(tensor.detach().numpy(), order="C").view() for name, tensor in tensors.items()}
+    for name, kept in codes.items():
+        arrays |= {f"merged/{name}": kept.codes.view(), f"step/{name}": kept.step.view()}
     for array in arrays.values():
         array.flags.writeable = False
     return arrays, metadata
@@ -103,18 +110,14 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
             why="the base was replaced under an existing state directory.",
             remedy="Put the old base back, or start a fresh state directory.",
         )
-    groups: dict[str, dict[str, np.ndarray]] = {"merged": {}, "statistics": {}, "heads": {}, "calibration": {}}
+    groups: dict[str, dict[str, np.ndarray]] = {
+        group: {} for group in ("merged", "step", "statistics", "heads", "calibration")
+    }
     for name in sorted(tensors, key=str.encode):
         group, _, rest = name.partition("/")
         if group not in groups:
             raise _broken(f"it has a tensor {name!r} that no state has")
         groups[group][rest] = tensors[name]
-    merged = groups["merged"]
-    if merged.keys() != base.weights.keys():
-        raise _broken(f"its names differ from the base's in {sorted(merged.keys() ^ base.weights.keys())[:3]}")
-    shapes = {name: base.spec.tensors[name].shape for name in merged}
-    if bad := [name for name, array in merged.items() if array.shape != shapes[name]]:
-        raise _broken(f"{bad[0]} is {list(merged[bad[0]].shape)}, the base's is {list(shapes[bad[0]])}")
     statistics = groups["statistics"]
     heads = {name: as_tensor(array) for name, array in groups["heads"].items()}
     inputs = groups["calibration"].get("inputs")
@@ -126,13 +129,37 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
         raise _broken(f"its count is {count!r}")
     return MergeState(
         base=base,
-        merged=Lazy(base.weights, lambda name: as_tensor(merged[name])),  # order is part of the state: sums follow it
+        merged=_merged(base, groups["merged"], groups["step"]),
         statistics=Lazy(statistics, lambda name: as_tensor(statistics[name])),
         heads={task: HeadTensors(heads[f"{task}/weight"], heads[f"{task}/bias"]) for task in tasks},
         calibration=None if inputs is None else as_tensor(inputs),
         previous=metadata.get("previous"),
         count=int(count),
     )
+
+
+def _merged(base: Base, arrays: Mapping[str, np.ndarray], steps: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
+    """The merged vector out of its arrays, in the base's order: it is part of the state, sums follow it."""
+    if arrays.keys() != base.weights.keys():
+        raise _broken(f"its names differ from the base's in {sorted(arrays.keys() ^ base.weights.keys())[:3]}")
+    for name, array in arrays.items():
+        shape = base.spec.tensors[name].shape
+        if array.shape != shape:
+            raise _broken(f"{name} is {list(array.shape)}, the base's is {list(shape)}")
+        if array.dtype not in (np.float32, np.int8):
+            raise _broken(f"{name} has type {array.dtype}")
+    codes = {name for name, array in arrays.items() if array.dtype == np.int8}
+    if codes != steps.keys():
+        raise _broken(f"it has codes or steps alone for {sorted(codes ^ steps.keys())[:3]}")
+    floats = Lazy((name for name in base.weights if name not in codes), lambda name: as_tensor(arrays[name]))
+    if not codes:
+        return floats
+    kept = {name: QuantizedTensor(arrays[name], np.array(steps[name]), BITS) for name in base.weights if name in codes}
+    for name, tensor in kept.items():
+        fits = tensor.step.shape == tensor.codes.shape[:1] and tensor.step.dtype == np.float32
+        if not fits or not (np.isfinite(tensor.step) & (tensor.step > 0)).all():
+            raise _broken(f"the steps of {name} are no positive float32 numbers, one for each channel")
+    return IntegerVector(base.weights, kept, floats)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

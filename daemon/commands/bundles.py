@@ -10,7 +10,9 @@ import numpy as np
 from foldd.core.base_spec import BaseSpec, read_base_spec
 from foldd.core.bundle import Head, write_bundle
 from foldd.core.errors import BadCheckpoint
+from foldd.core.quantized import QuantizedTensor
 from foldd.core.roles import Role
+from foldd.core.rounding import is_worth_codes, to_integers
 from foldd.core.tensorfile import StoredTensor, open_tensors
 from foldd.daemon.commands.common import add_config, config_of
 from foldd.daemon.layout import Layout
@@ -32,6 +34,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     pack.add_argument("--samples", type=int, help="training-set size")
     pack.add_argument("--classes", help="class names, separated by commas")
     pack.add_argument("--delta", action="store_true", help="store differences to the base instead of weights")
+    pack.add_argument(
+        "--quantize",
+        choices=["w8"],
+        help="store differences as 8-bit integers, one step a channel: about a quarter of the bytes; implies --delta",
+    )
     pack.set_defaults(call=_pack)
 
 
@@ -52,16 +59,17 @@ def _pack(arguments: argparse.Namespace) -> int:
             f"{arguments.weights} holds {unknown[0]!r}, which the base does not have.",
             why="another architecture, or names with a prefix such as `module.`.",
         )
-    if arguments.delta:
+    is_delta = arguments.delta or arguments.quantize is not None
+    if is_delta:
         base = open_tensors(layout.base / "weights.safetensors").tensors
         parameters = {name: array - base[name].float32() for name, array in parameters.items()}
     write_bundle(
         arguments.output,
-        parameters,
+        _quantized(parameters, spec) if arguments.quantize else parameters,
         head,
         task=arguments.task or arguments.output.name.removesuffix(".safetensors"),
         base=spec,
-        is_delta=arguments.delta,
+        is_delta=is_delta,
         inputs=_array(arguments.calibration, np.float32),
         labels=_array(arguments.labels, np.int64),
         samples=arguments.samples,
@@ -69,6 +77,22 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def _quantized(parameters: dict[str, np.ndarray], spec: BaseSpec) -> dict[str, np.ndarray | QuantizedTensor]:
+    """Weights as codes, rounded to the nearest: this happens once, so that there is no bias to add up."""
+    packed: dict[str, np.ndarray | QuantizedTensor] = {}
+    for name, array in parameters.items():
+        if not is_worth_codes(spec.tensors[name].role, array.shape):
+            packed[name] = array
+            continue
+        if not np.isfinite(array).all():
+            raise BadCheckpoint(
+                "not-finite", f"{name} holds NaN or infinity, which no integer stands for.",
+                why="the fine-tuning diverged, or half precision overflowed.",
+            )  # fmt: skip
+        packed[name] = to_integers(array, 8)
+    return packed
 
 
 def _head(path: Path | None, stored: dict[str, StoredTensor], spec: BaseSpec) -> Head:

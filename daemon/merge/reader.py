@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foldd.core.errors import Unavailable
 from foldd.core.roles import Role
+from foldd.core.scaled import CODES, ScaledTensor
 from foldd.core.tensorwriter import ITEM_BYTES
 from foldd.daemon.merge.preflight import Agreement
 from foldd.daemon.merge.sources import Place
@@ -62,11 +63,15 @@ class FileModels:
 
     def _read(self, places: Mapping[str, Place], name: str, start: int, stop: int) -> Tensor:
         place = places[name]
-        stored = torch.empty(stop - start, dtype=FLOATS[place.tensor.dtype])
+        kinds = FLOATS | {CODES: torch.int8}
+        stored = torch.empty(stop - start, dtype=kinds[place.tensor.dtype])
         if stop > start:
             data = stored.view(torch.uint8).numpy().data
             self._fill(place, start * ITEM_BYTES[place.tensor.dtype], data)
-        return stored.float()
+        values = stored.float()
+        if isinstance(place.tensor, ScaledTensor):
+            values.mul_(torch.from_numpy(place.tensor.steps(start, stop)))
+        return values
 
     def _fill(self, place: Place, start: int, data: memoryview) -> None:
         if place.path not in self._handles:

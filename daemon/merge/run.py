@@ -20,6 +20,7 @@ import torch
 import foldd
 from foldd.core.digests import sha256_file
 from foldd.core.errors import BadSetup, Unavailable
+from foldd.core.scaled import CODES
 from foldd.core.tensorwriter import Entry
 from foldd.daemon.memory import available_bytes, peak_rss_bytes
 from foldd.daemon.merge.methods import make_offline
@@ -163,11 +164,10 @@ def _calibration(method: OfflineMethod, base: Source | None, models: Sequence[So
 
 
 def _entries(agreement: Agreement, dtype: str, base: Source | None, models: Sequence[Source]) -> dict[str, Entry]:
-    """What the output will hold. `same` is the first model's type; of differences, the base's."""
+    """What the output will hold. `same` is the first model's type; of differences, the base's; of codes, float32."""
     like = agreement.base if models[0].is_delta and agreement.base is not None else agreement.places[0]
-    entries = {
-        name: Entry(DTYPES.get(dtype, like[name].tensor.dtype), shape) for name, shape in agreement.floats.items()
-    }
+    same = {name: "F32" if like[name].tensor.dtype == CODES else like[name].tensor.dtype for name in agreement.floats}
+    entries = {name: Entry(DTYPES.get(dtype, same[name]), shape) for name, shape in agreement.floats.items()}
     entries |= {name: Entry(p.tensor.dtype, p.tensor.shape) for name, p in agreement.integers.items()}
     return {name: entries[name] for name in sorted(entries, key=str.encode)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from foldd.core.base_spec import BaseSpec, read_base_spec
 from foldd.core.errors import BadCheckpoint, BadSetup
+from foldd.core.scaled import ScaledTensor, scaled
 from foldd.core.tensorfile import StoredTensor, open_tensors
 
 MAX_INDEX_BYTES = 64 * 1024 * 1024
@@ -23,7 +24,12 @@ class Place:
     tensor: StoredTensor
 
     def bytes(self, limit: int | None = None) -> Iterator[bytes]:
-        """The tensor's bytes, or the first `limit`, in pieces. Read, not mapped: mapped pages count as memory used."""
+        """The tensor's bytes, or the first `limit`, in pieces. Read, not mapped: mapped pages count as memory used.
+
+        Of codes their steps come first, whatever the limit: equal codes alone are not equal weights.
+        """
+        if isinstance(self.tensor, ScaledTensor):
+            yield self.tensor.step.tobytes()
         left = self.tensor.nbytes if limit is None else min(limit, self.tensor.nbytes)
         with self.path.open("rb") as file:
             file.seek(self.tensor.start)
@@ -97,14 +103,14 @@ def _single(label: Path, path: Path) -> Source:
     kinds = sorted({name.partition("/")[0] for name in places} & {"model", "delta"})
     if len(kinds) != 1:
         raise BadCheckpoint("mixed-parameters", f"{path} must hold either model/… or delta/… tensors.")
-    prefix = kinds[0] + "/"
+    weights = (kinds[0] + "/", "step/")
     return Source(
         str(label),
         (path,),
-        {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)},
-        is_delta=prefix == "delta/",
+        {name: Place(path, tensor) for name, tensor in scaled(file.tensors, kinds[0], str(path)).items()},
+        is_delta=kinds[0] == "delta",
         base_digest=digest,
-        left_out=tuple(name for name in places if not name.startswith(prefix)),
+        left_out=tuple(name for name in places if not name.startswith(weights)),
     )
 
 

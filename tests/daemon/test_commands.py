@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from foldd.core.base_spec import BaseSpec, TensorSpec
 from foldd.core.bundle import open_bundle
+from foldd.core.roles import Role
+from foldd.core.scaled import ScaledTensor
 from foldd.core.tensorfile import open_tensors
 from foldd.daemon.cli import main
+from foldd.daemon.layout import Layout
 
 
 def weights_of(model, scale=1.0):
@@ -54,6 +58,65 @@ def test_pack_delta_is_the_difference(box, tmp_path):
     name = "body.conv.weight"
     expected = 0.5 * networks.with_head().state_dict()[name].numpy()
     np.testing.assert_allclose(read.parameters[name].float32(), expected, rtol=1e-5, atol=1e-7)
+
+
+def packed(box, tmp_path, *options, changed=lambda weights: None):
+    weights = weights_of(networks.with_head(), 1.5)
+    changed(weights)
+    save_file(weights, tmp_path / "w.safetensors")
+    out = tmp_path / "t.safetensors"
+    status = main(["pack", str(tmp_path / "w.safetensors"), "-o", str(out), *options, "--config", str(box.config_path)])
+    return out if status == 0 else None
+
+
+def test_pack_quantized_stores_codes_within_half_a_step(box, tmp_path):
+    floats = open_bundle(packed(box, tmp_path, "--delta"), box.spec)
+    exact = {name: tensor.float32() for name, tensor in floats.parameters.items()}
+    read = open_bundle(packed(box, tmp_path, "--quantize", "w8"), box.spec)
+    assert read.is_delta
+    coded = {name for name, tensor in read.parameters.items() if isinstance(tensor, ScaledTensor)}
+    weights = {Role.MATRIX, Role.CONVOLUTION, Role.EMBEDDING}
+    assert coded == {name for name in exact if box.spec.tensors[name].role in weights}
+    for name, tensor in read.parameters.items():
+        if name not in coded:
+            assert tensor.float32().tobytes() == exact[name].tobytes()
+            continue
+        assert tensor.step.shape == tensor.shape[:1]
+        error = np.abs(tensor.float32() - exact[name]).reshape(len(tensor.step), -1)
+        assert (error <= tensor.step[:, None] * (0.5 + 1e-5)).all()
+        assert error.any()
+
+
+def test_pack_quantized_is_a_quarter_of_the_bytes(tmp_path, capsys):
+    """Of a network that is large enough for its header not to count."""
+    config, layout = tmp_path / "config.toml", Layout(tmp_path / "state")
+    config.write_text("")
+    layout.create()
+    layout.base.mkdir(exist_ok=True)
+    shapes = {"a.weight": (256, 512), "b.weight": (64, 32, 3, 3)}
+    tensors = {name: TensorSpec(shape, Role.MATRIX) for name, shape in shapes.items()}
+    spec = BaseSpec(digest="ab" * 32, tensors=tensors, input_shape=(3,), features=2, head="fc")
+    spec.write(layout.base / "base.json")
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(arrays, layout.base / "weights.safetensors")
+    save_file({n: 1.01 * a for n, a in arrays.items()} | {"fc.weight": np.ones((2, 2), np.float32)}, tmp_path / "w")
+    sizes = []
+    for options in ([], ["--quantize", "w8"]):
+        out = tmp_path / "t.safetensors"
+        assert main(["pack", str(tmp_path / "w"), "-o", str(out), *options, "--config", str(config)]) == 0
+        sizes.append(out.stat().st_size)
+    assert 0.25 < sizes[1] / sizes[0] < 0.26
+
+
+def test_pack_quantized_refuses_what_no_integer_stands_for(box, tmp_path, capsys):
+    def diverged(weights):
+        weights["body.conv.weight"][0, 0, 0, 0] = np.nan
+
+    assert packed(box, tmp_path, "--quantize", "w8", changed=diverged) is None
+    assert "body.conv.weight holds NaN" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        packed(box, tmp_path, "--quantize", "w3")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from foldd.core.bundle import Head, write_bundle
+from foldd.core.bundle import Head, open_bundle, write_bundle
+from foldd.core.digests import base_digest
+from foldd.core.rounding import to_integers
 from foldd.daemon.cli import main
 from foldd.daemon.merge import output, run
 from foldd.daemon.merge.methods import OFFLINE
@@ -214,6 +216,69 @@ def test_bundles_beside_a_foldd_base(method, box, tmp_path, capsys):
         for name, tensor in merged.items():
             if not name.endswith("running_var"):
                 np.testing.assert_allclose(tensor.numpy(), (full[0][name] + full[1][name]) / 2, atol=1e-6)
+
+
+def coded(source: Path, path: Path, spec, *, as_floats: bool) -> Path:
+    """A bundle's weights as codes with steps, or as the floats that those stand for."""
+    read = open_bundle(source, spec)
+    parameters = {}
+    for name, stored in read.parameters.items():
+        values = stored.float32()
+        codes = to_integers(values, 8) if values.ndim > 1 else None
+        parameters[name] = values if codes is None else codes.values() if as_floats else codes
+    write_bundle(path, parameters, read.head, task=path.stem, base=spec, is_delta=read.is_delta, inputs=read.inputs)
+    return path
+
+
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "regmean", "fisher"])
+@pytest.mark.parametrize("is_delta", [True, False])
+def test_bundles_of_integers_merge_as_their_floats_do(method, is_delta, box, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("foldd.fusion.offline.contract.PIECE", 50)  # pieces that cut through channels
+    out, merged = tmp_path / "out.safetensors", []
+    for as_floats in (True, False):
+        paths = []
+        for name in ("a", "b"):
+            bundle(tmp_path / "source.safetensors", box.spec, ord(name), is_delta=is_delta)
+            paths.append(coded(
+                tmp_path / "source.safetensors", tmp_path / f"{name}.safetensors", box.spec, as_floats=as_floats
+            ))  # fmt: skip
+        assert merge(box.layout.root, *paths, "--method", method, "-o", out) == 0
+        merged.append({name: tensor.clone() for name, tensor in load_file(out).items()})
+    assert "the inputs store F32, I8" in capsys.readouterr().err
+    assert merged[0].keys() == merged[1].keys()
+    for name, tensor in merged[0].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, merged[1][name]), name
+
+
+def test_equal_codes_with_other_steps_are_no_tied_copies(box, tmp_path):
+    """Beside a plain base nothing tells what is tied but the bytes, and two layers may have the same codes."""
+    base = dict.fromkeys(("one", "two"), torch.randn(4, 6))
+    base["two"] = base["one"].clone()
+    plain = save(tmp_path / "base.safetensors", base)
+    codes = torch.randint(-9, 9, (4, 6), dtype=torch.int8)
+    digest = base_digest([(name, tensor.numpy()) for name, tensor in base.items()])
+    for scale in (1.0, 2.0):
+        steps = {"step/one": torch.full((4,), 0.5), "step/two": torch.full((4,), 0.5 * scale)}
+        path = tmp_path / "a.safetensors"
+        tensors = {"delta/one": codes, "delta/two": codes.clone()} | steps
+        save_file(tensors, path, {"foldd.format": "1", "foldd.base": digest})
+        out = tmp_path / "out.safetensors"
+        assert merge(plain, path, "--method", "average", "-o", out) == 0
+        got = load_file(out)
+        torch.testing.assert_close(got["one"], base["one"] + 0.5 * codes)
+        torch.testing.assert_close(got["two"], base["two"] + 0.5 * scale * codes)
+
+
+def test_steps_without_codes_are_named(box, tmp_path, capsys):
+    bundle(tmp_path / "a.safetensors", box.spec, 1, is_delta=True)
+    tensors = load_file(tmp_path / "a.safetensors")
+    name = next(n for n in tensors if n.startswith("delta/"))
+    tensors[name.replace("delta", "step")] = torch.ones(1)
+    path = tmp_path / "b.safetensors"
+    save_file(tensors, path, {"foldd.format": "1", "foldd.base": box.spec.digest})
+    assert merge(box.layout.root, path, "--method", "average", "-o", tmp_path / "out.safetensors") == 2
+    assert f"b.safetensors has step/{name[6:]}" in capsys.readouterr().err
 
 
 def test_a_foldd_base_knows_heads_ties_and_counters(box, tmp_path, capsys):
