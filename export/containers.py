@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
@@ -31,7 +33,8 @@ class Store:
             self.initializers[name] = helper.make_tensor(name, kind, array.shape, data, raw=True)
         return name
 
-    def make(self, kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def make(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A node with one output, which it gives back."""
         if output not in self.nodes:
             self.nodes[output] = helper.make_node(kind, inputs, [output], **attributes)
         return output

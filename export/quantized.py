@@ -14,7 +14,7 @@ explicit zero points throughout, biases as int32 with the step of the products.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +93,7 @@ class _Rewriter:
 
     def _quantize_everywhere(self, tensor: str, place: str, given: ActivationRange) -> None:
         # The maker's output takes another name: then whoever takes the tensor, graph outputs too, needs no change.
-        maker = self.graph.maker[tensor]
-        before = f"{tensor}/float"
+        maker, before = self.graph.maker[tensor], f"{tensor}/float"
         maker.output[list(maker.output).index(tensor)] = before
         self._pair(before, place, given, tensor)
 
@@ -124,6 +123,7 @@ class _Rewriter:
         return output
 
     def _replace(self, name: str) -> None:
+        """Does to one initializer, and the layers that it is a weight of, what was asked for."""
         layers = self.graph.layers.get(name, [])
         ranges = [self._quantize_input(layer) for layer in layers]
         weight = self.quantized.weights.get(name)
@@ -164,5 +164,12 @@ class _Rewriter:
         nodes = list(self.store.nodes.values())
         nodes += self.after[str(self.target.input[0].name)]
         for node in self.graph.nodes:
-            nodes += [node, *(new for output in node.output for new in self.after[output])]
+            nodes += self._followed(node)
         replace_content(self.target, nodes, [*self.target.initializer, *self.store.initializers.values()])
+
+    def _followed(self, node: NodeProto) -> Iterator[NodeProto]:
+        """A node and all that was put behind it; behind a place, a layer may have a range of its own."""
+        yield node
+        for output in node.output:
+            for new in self.after[str(output)]:
+                yield from self._followed(new)
