@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
+from foldd.base.simplify import needed
 from foldd.core.errors import BadSetup
 from foldd.core.quantized import ActivationRange
 
@@ -105,41 +106,17 @@ class Graph:
         return tensor if relu is None else str(relu.output[0])
 
 
-def tidy(graph: onnx.GraphProto) -> None:
-    """Takes out the zeros that the exporter computes where a convolution has no bias, and what nothing reads.
-
-    They are computed at every inference, from the shape of the weight, and an integer kernel wants a constant.
-    """
-    maker = {str(name): node for node in graph.node for name in node.output}
-    for node in graph.node:
-        if node.op_type == "Conv" and len(node.input) > 2 and _is_zero(maker, str(node.input[2])):
-            del node.input[2:]
-    replace_content(graph, list(graph.node), list(graph.initializer))
-
-
 def replace_content(graph: onnx.GraphProto, nodes: list[NodeProto], tensors: list[TensorProto]) -> None:
     """Gives a graph these nodes, in an order that computes, and initializers, less what no output needs."""
-    wanted = {str(output.name) for output in graph.output}
-    kept = []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            kept.append(node)
+    outputs = [str(output.name) for output in graph.output]
+    kept = needed(nodes, outputs)
     made = {output for node in kept for output in node.output}
-    used = [tensor for tensor in tensors if tensor.name in wanted - made]
+    read = {name for node in kept for name in node.input}.union(outputs) - made
+    used = [tensor for tensor in tensors if tensor.name in read]
     graph.ClearField("node")
-    graph.node.extend(kept[::-1])
+    graph.node.extend(kept)
     graph.ClearField("initializer")
     graph.initializer.extend(used)
-
-
-def _is_zero(maker: Mapping[str, NodeProto], tensor: str) -> bool:
-    node = maker.get(tensor)
-    while node is not None and node.op_type in ("Expand", "CastLike"):
-        node = maker.get(str(node.input[0]))
-    if node is None or node.op_type != "Constant" or node.attribute[0].name != "value":
-        return False
-    return not numpy_helper.to_array(node.attribute[0].t).any()
 
 
 def _is_plain(gemm: NodeProto) -> bool:

@@ -27,7 +27,7 @@ from foldd.core.quantized import ActivationRange, QuantizedModel
 from foldd.export.artifact import find_tensors, finish, patch
 from foldd.export.biases import bias_codes, product_step, with_room
 from foldd.export.containers import Store
-from foldd.export.graph import Graph, Layer, Places, replace_content, resolve, tidy
+from foldd.export.graph import Graph, Layer, Places, replace_content, resolve
 
 _ACTIVATION_BITS = 8
 
@@ -75,7 +75,6 @@ class _Rewriter:
     """One graph on its way from float to quantized."""
 
     def __init__(self, graph: onnx.GraphProto, quantized: QuantizedModel) -> None:
-        tidy(graph)
         self.target, self.quantized = graph, quantized
         self.graph = Graph(graph)
         self.places: Places = resolve(self.graph, quantized.activations)

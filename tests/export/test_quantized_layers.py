@@ -236,3 +236,16 @@ def test_what_cannot_be_written_is_said(tmp_path, activations, code, word):
     assert caught.value.code == code
     assert caught.value.remedy
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.26), (4, 0.14)])
+def test_the_file_is_small(tmp_path, bits, limit):
+    tensors = {"w": random(256, 64, 3, 3), "b": random(256)}
+    skeleton = write_skeleton(
+        tmp_path / "s.onnx", [("Conv", ["input", "w", "b"], "features", {})], tensors, (64, 8, 8), (256, 6, 6)
+    )
+    activations = {INPUT: range_of(-3, 3), OUTPUT: range_of(-9, 9)}
+    for given in (activations, {}):
+        model = QuantizedModel({"w": symmetric(tensors["w"], bits)}, {"b": tensors["b"]}, given)
+        build_quantized_artifact(skeleton, model, {}, tmp_path / "model.onnx", metadata={})
+        assert (tmp_path / "model.onnx").stat().st_size < limit * skeleton.stat().st_size
