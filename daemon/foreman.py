@@ -21,7 +21,7 @@ from foldd.daemon.jobs import Answer, Failed, Hello, Job, Progress, Staged
 from foldd.daemon.layout import Layout
 from foldd.daemon.ledger import Arrival, Ledger
 from foldd.daemon.live import LiveStatus
-from foldd.daemon.plan import make_plan, stored_plan
+from foldd.daemon.plan import make_plan, read_pace, stored_plan
 from foldd.daemon.worker_process import WorkerProcess
 
 log = logging.getLogger("foldd")
@@ -94,7 +94,9 @@ class Foreman:
         if not may_begin or not queued or time.monotonic() < self._not_before:
             self._dismiss_worker()
             return
-        plan = make_plan(self._settings.fold, self._settings.quantize, self._settings.gate, self._config.digest)
+        settings = self._settings
+        pace = read_pace(self._layout.base)
+        plan = make_plan(settings.fold, settings.quantize, settings.gate, self._config.digest, pace)
         arrival = self._ledger.begin(queued[0].id, plan)
         crash_point("fold.begun", self._layout.root)
         self._folding = arrival

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from foldd.core.bundle import Checkpoint
+from foldd.core.errors import Refused
+from foldd.core.quantized import QuantizedModel
 from foldd.daemon.conflicts import RETAINED
-from foldd.export.parity import BATCH, agreement, check_parity, run_artifact
+from foldd.export.parity import BATCH, agreement, check_parity, run_artifact, signal_to_noise
 from foldd.fusion.state import MergeState, as_tensor, merged_weights
+from foldd.quantize.simulate import simulated_features
 
 _PROBE_SAMPLES = 8
+_LEAST_SIGNAL = 20.0  # dB: integer kernels round a code here and there otherwise, which measured 33 dB and more
 
 
 @dataclass(frozen=True)
@@ -23,30 +28,48 @@ class Gate:
 
     Attributes:
         parity: largest relative difference between onnxruntime and torch.
+        agreement: smallest share of inputs on which a quantized artifact decides as its float version.
     """
 
     parity: float
+    agreement: float
     threads: int
 
     def check(
-        self, model: Path, previous: Path | None, before: MergeState, after: MergeState, checkpoint: Checkpoint
+        self,
+        model: Path,
+        previous: Path | None,
+        before: MergeState,
+        after: MergeState,
+        checkpoint: Checkpoint,
+        quantized: QuantizedModel | None = None,
     ) -> dict[str, float]:
         """Scores of a new artifact, if it passes.
 
         Returns:
             `parity`; `retained/<task>` of each older task: share of inputs on which its head decides as in the last
             generation, the previous task's own inputs for itself, all that are at hand for the others;
-            `accuracy/<task>` on the incoming task's calibration set where it has labels.
+            `accuracy/<task>` on the incoming task's calibration set where it has labels. Of a quantized artifact
+            `signal_to_noise` in dB against the simulation in torch, in place of `parity`, and `agreement`: the share of
+            a task's own inputs on which its head decides as that of the float network, of the worst task.
 
         Raises:
-            Refused: `parity`.
+            Refused: `parity`, `quantized-worse`.
         """
         outputs = ["features", *(f"logits/{task}" for task in after.heads)]
-        scores = {"parity": 0.0}
+        scores: dict[str, float] = {}
         weights = merged_weights(after)
-        for inputs in self._probes(before, checkpoint):
+        for inputs, task in self._probes(before, checkpoint):
             actual = run_artifact(model, inputs, outputs, threads=self.threads)
-            scores["parity"] = max(scores["parity"], check_parity(actual, _torch(after, weights, inputs), self.parity))
+            expected = _torch(after, weights, inputs)
+            if quantized is None:
+                scores["parity"] = max(scores.get("parity", 0.0), check_parity(actual, expected, self.parity))
+            else:
+                noise = self._signal_to_noise(actual["features"], after, quantized, inputs)
+                scores["signal_to_noise"] = min(scores.get("signal_to_noise", noise), noise)
+                if task is not None:
+                    alike = self._agreement(task, actual[f"logits/{task}"], expected[f"logits/{task}"])
+                    scores["agreement"] = min(scores.get("agreement", alike), alike)
             if inputs is checkpoint.inputs and checkpoint.labels is not None:
                 decided = actual[f"logits/{checkpoint.task}"].argmax(1)
                 scores[f"accuracy/{checkpoint.task}"] = float((decided == checkpoint.labels).mean())
@@ -54,15 +77,45 @@ class Gate:
             scores |= self._retained(model, previous, before, checkpoint)
         return scores
 
-    def _probes(self, before: MergeState, checkpoint: Checkpoint) -> list[np.ndarray]:
-        """Real inputs where there are any, of this task and the previous one; otherwise noise of unit variance."""
-        probes = [] if checkpoint.inputs is None else [checkpoint.inputs]
+    def _signal_to_noise(
+        self, actual: np.ndarray, after: MergeState, quantized: QuantizedModel, inputs: np.ndarray
+    ) -> float:
+        """Of features in onnxruntime against those of the simulation, in dB."""
+        simulated = simulated_features(after.base.folded, quantized, as_tensor(inputs)).numpy()
+        noise = signal_to_noise(actual, simulated)
+        if not noise >= _LEAST_SIGNAL:
+            raise Refused(
+                "parity",
+                f"onnxruntime and the simulation of the quantized network differ: {noise:.1f} dB, at least "
+                f"{_LEAST_SIGNAL:.0f} dB are expected.",
+                why="a fault in the export of this architecture, or weights so large that their products overflow.",
+                remedy='Keep the state directory and report it; quantize.format = "float" serves meanwhile.',
+            )
+        return noise
+
+    def _agreement(self, task: str, actual: np.ndarray, expected: np.ndarray) -> float:
+        alike = agreement(actual, expected)
+        if alike < self.agreement:
+            raise Refused(
+                "quantized-worse",
+                f"Quantized, the network decides {alike:.0%} of {task}'s calibration inputs as the float one does; "
+                f"the limit is {self.agreement:.0%}.",
+                why="too few bits for this network, or activations far outside what was seen before.",
+                remedy="Choose more bits in quantize.format, more effort in quantize.effort, or lower gate.agreement.",
+            )
+        return alike
+
+    def _probes(self, before: MergeState, checkpoint: Checkpoint) -> list[tuple[np.ndarray, str | None]]:
+        """Real inputs and whose they are, of this task and the previous one; otherwise noise of unit variance."""
+        probes: list[tuple[np.ndarray, str | None]] = []
+        if checkpoint.inputs is not None:
+            probes.append((checkpoint.inputs, checkpoint.task))
         if before.calibration is not None:
-            probes.append(before.calibration.numpy())
+            probes.append((before.calibration.numpy(), before.previous))
         if not probes:
             generator = np.random.default_rng(0)
             shape = (_PROBE_SAMPLES, *before.base.spec.input_shape)
-            probes = [generator.standard_normal(shape, dtype=np.float32)]
+            probes.append((generator.standard_normal(shape, dtype=np.float32), None))
         return probes
 
     def _retained(self, model: Path, previous: Path, before: MergeState, checkpoint: Checkpoint) -> dict[str, float]:

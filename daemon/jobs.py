@@ -28,6 +28,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     conflict: float
     on_conflict: str
     format: str = "float"  # of the artifact
+    quantizer: str = "hdrq"  # or "hdrq-paper"
     iterations: int = 0  # of reconstruction, a block
     state: str = "float"  # or "quantized": how the merged vector is kept
     agreement: float = 0.0

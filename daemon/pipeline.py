@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,22 +22,26 @@ from foldd.core.digests import sha256_file
 from foldd.core.errors import BadCheckpoint, BadSetup
 from foldd.core.files import build_file, sync_directory, write_file
 from foldd.core.manifest import ArtifactEntry
+from foldd.core.quantized import QuantizedModel
 from foldd.core.tensorfile import open_tensors, write_tensors
 from foldd.daemon.conflicts import decide, find_conflicts
 from foldd.daemon.crashpoints import crash_point
 from foldd.daemon.gate import Gate
-from foldd.daemon.jobs import Job, Progress, Staged
+from foldd.daemon.jobs import Job, Plan, Progress, Staged
 from foldd.daemon.layout import Layout
 from foldd.daemon.memory import peak_rss_bytes, reset_peak
 from foldd.daemon.methods import make_method
+from foldd.daemon.quantizing import audited, quantize_state
 from foldd.daemon.verify import verify_values
 from foldd.export.artifact import build_artifact
+from foldd.export.quantized import build_quantized_artifact
 from foldd.fusion.integers import round_vector
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import MergeState, empty_state, merged_weights, pack, unpack
 
 # Share of a job's time that each stage takes, about; only for the progress display.
 _SHARES = {"verify": 0.05, "fold": 0.80, "export": 0.05, "gate": 0.05, "stage": 0.05}
+_SHARES_QUANTIZED = {"verify": 0.05, "fold": 0.20, "quantize": 0.60, "export": 0.05, "gate": 0.05, "stage": 0.05}
 
 
 @dataclass
@@ -45,18 +49,19 @@ class Stages:
     """Times the stages and reports progress over all of them."""
 
     send: Callable[[Progress], None]
+    shares: Mapping[str, float]
     task: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _sent: float = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
-        before = sum(_SHARES[done] for done in self.seconds)
+        before = sum(self.shares[done] for done in self.seconds)
 
         def progress(fraction: float) -> None:
             if fraction in (0.0, 1.0) or time.monotonic() - self._sent > 0.2:
                 self._sent = time.monotonic()
-                self.send(Progress(name, min(1.0, before + _SHARES[name] * fraction), self.task))
+                self.send(Progress(name, min(1.0, before + self.shares[name] * fraction), self.task))
 
         progress(0.0)
         started = time.monotonic()
@@ -76,7 +81,8 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         BadSetup: the state directory is wrong.
     """
     reset_peak()
-    stages, root = Stages(send), layout.root
+    stages = Stages(send, _SHARES if job.plan.format == "float" else _SHARES_QUANTIZED)
+    root = layout.root
     torch.set_num_threads(job.plan.threads)
     target = layout.stage(job.sha256)
     target.mkdir(exist_ok=True)
@@ -89,21 +95,29 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         before = load_state(layout, base, job.state_sha256)
         state, report = _fold(job, before, checkpoint, _halfway(progress, root))
         crash_point("fold.after", root)
+    quantized: QuantizedModel | None = None
+    if job.plan.format != "float":
+        with stages.stage("quantize") as progress:
+            state, quantized = quantize_state(job.plan, before, state, seed_of(job.plan, checkpoint), progress)
+            crash_point("quantize", root)
     with stages.stage("export"):
-        artifact = _export(job, layout, state, target / "model.onnx")
+        artifact = _export(job, layout, state, quantized, target / "model.onnx")
         crash_point("export.written", root)
     with stages.stage("gate"):
-        gate = Gate(job.plan.parity, job.plan.threads)
+        gate = Gate(job.plan.parity, job.plan.agreement, job.plan.threads)
         previous = None if job.parent is None else layout.generation(job.parent) / "model.onnx"
-        scores = gate.check(target / "model.onnx", previous, before, state, checkpoint)
+        scores = gate.check(target / "model.onnx", previous, before, state, checkpoint, quantized)
         conflicts = find_conflicts(scores, job.plan.conflict)
         warnings = report.warnings + decide(checkpoint.task, conflicts, job.plan.on_conflict)
+        quantizing = None if quantized is None else audited(quantized, target / "model.onnx")
+        warnings += () if quantizing is None else tuple(quantizing["warnings"])
         crash_point("gate", root)
     with stages.stage("stage"):
         state_sha256 = save_state(state, target / "state.safetensors")
     peak = max(0, peak_rss_bytes() - baseline_bytes)
     content: dict[str, Any] = {
         "generation": job.generation, "checkpoint_sha256": job.sha256, "fold": report.as_dict(), "scores": scores,
+        "quantize": quantizing,
         "conflicts": conflicts,
         "seconds": stages.seconds, "peak_rss_bytes": peak, "tensor_bytes": tensor_bytes(),
     }  # fmt: skip
@@ -145,8 +159,7 @@ def _fold(
     method = make_method(plan.method, plan.options)
     if method.needs_calibration and checkpoint.inputs is None:
         method = make_method(plan.data_free_method, plan.data_free_options)
-    # Each checkpoint draws its own numbers, the same ones on every replay.
-    seed = (plan.seed + int(checkpoint.sha256[:8], 16)) % 2**31
+    seed = seed_of(plan, checkpoint)
     new, report = method.fold(state, checkpoint, seed=seed, progress=progress)
     bad = [name for name, tensor in new.merged.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -162,6 +175,11 @@ def _fold(
     return new, report
 
 
+def seed_of(plan: Plan, checkpoint: Checkpoint) -> int:
+    """Each checkpoint draws its own numbers, the same ones on every replay."""
+    return (plan.seed + int(checkpoint.sha256[:8], 16)) % 2**31
+
+
 def _halfway(progress: Callable[[float], None], root: Path) -> Callable[[float], None]:
     def report(fraction: float) -> None:
         progress(fraction)
@@ -171,16 +189,21 @@ def _halfway(progress: Callable[[float], None], root: Path) -> Callable[[float],
     return report
 
 
-def _export(job: Job, layout: Layout, state: MergeState, target: Path) -> ArtifactEntry:
+def _export(
+    job: Job, layout: Layout, state: MergeState, quantized: QuantizedModel | None, target: Path
+) -> ArtifactEntry:
     skeleton, rules = open_skeleton(layout.base)
-    weights = fold_norms({name: tensor.numpy() for name, tensor in merged_weights(state).items()}, rules)
     heads = {task: Head(head.weight.numpy(), head.bias.numpy()) for task, head in state.heads.items()}
     spec = state.base.spec
     provenance = {
         "foldd.base": spec.digest, "foldd.generation": str(job.generation), "foldd.checkpoint": job.sha256,
-        "foldd.config": job.plan.config_digest,
+        "foldd.config": job.plan.config_digest, "foldd.quantization": job.plan.format,
     }  # fmt: skip
-    build_artifact(skeleton, weights, heads, target, metadata=provenance)
+    if quantized is None:
+        weights = fold_norms({name: tensor.numpy() for name, tensor in merged_weights(state).items()}, rules)
+        build_artifact(skeleton, weights, heads, target, metadata=provenance)
+    else:
+        build_quantized_artifact(skeleton, quantized, heads, target, metadata=provenance)
     return ArtifactEntry(sha256_file(target), target.stat().st_size, spec.input_shape, spec.features)
 
 

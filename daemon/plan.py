@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,12 +12,19 @@ import msgspec
 from foldd.daemon.jobs import Plan
 from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Quantize
 
-FAST_ITERATIONS = 100
+FAST_ITERATIONS, FAST_SECONDS = 100, 30.0
 PAPER_ITERATIONS = 20_000
+PACE = "pace.json"  # beside the base
 
 
-def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) -> dict[str, Any]:
-    """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here."""
+def make_plan(
+    fold: Fold, quantize: Quantize, gate: Gate, config_digest: str, seconds_per_iteration: float | None
+) -> dict[str, Any]:
+    """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here.
+
+    Args:
+        seconds_per_iteration: of reconstruction, over all blocks, as `foldd init` measured it on this box.
+    """
     plan = Plan(
         method=fold.method,
         options=_options(fold, fold.method),
@@ -27,7 +36,8 @@ def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) ->
         conflict=gate.conflict,
         on_conflict=gate.on_conflict,
         format=quantize.format,
-        iterations=iterations_for(quantize.effort),
+        quantizer="hdrq-paper" if quantize.effort == "paper" else "hdrq",
+        iterations=iterations_for(quantize.effort, seconds_per_iteration),
         state=quantize.state,
         agreement=gate.agreement,
         config_digest=config_digest,
@@ -36,9 +46,21 @@ def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) ->
     return result
 
 
-def iterations_for(effort: str | float) -> int:
-    """Iterations of reconstruction a block."""
-    return {"fast": FAST_ITERATIONS, "paper": PAPER_ITERATIONS}[str(effort)]
+def iterations_for(effort: str | float, seconds_per_iteration: float | None) -> int:
+    """Iterations of reconstruction a block: seconds become a count here, and only the count is ever acted on."""
+    if effort == "paper":
+        return PAPER_ITERATIONS
+    seconds = FAST_SECONDS if effort == "fast" else float(effort)
+    if seconds_per_iteration is None:
+        return FAST_ITERATIONS
+    count = int(seconds / seconds_per_iteration)
+    return min(count, FAST_ITERATIONS) if effort == "fast" else min(count, PAPER_ITERATIONS)
+
+
+def read_pace(directory: Path) -> float | None:
+    """Seconds of one iteration of reconstruction on this box; None where nothing was measured."""
+    path = directory / PACE
+    return float(json.loads(path.read_bytes())["seconds_per_iteration"]) if path.is_file() else None
 
 
 def stored_plan(plan: dict[str, Any] | None) -> Plan:

@@ -129,6 +129,7 @@ def finish(
         merged={name: merged[name] for name in base.weights},
         statistics=state.statistics if statistics is None else dict(statistics),
         heads={name: heads[name] for name in sorted(heads, key=str.encode)},
+        histograms=state.histograms,
         calibration=None if checkpoint.inputs is None else as_tensor(checkpoint.inputs),
         previous=task,
         count=state.count + 1,

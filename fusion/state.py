@@ -44,6 +44,8 @@ class MergeState:
             `IntegerVector` where its weights are kept in integers.
         statistics: the method's own tensors, of constant size; may be empty.
         heads: task → head, in name order.
+        histograms: of activations by place, over all tasks folded since activations are quantized; what they are is
+            the quantizer's to know.
         calibration: the last folded task's calibration inputs [n, *input_shape]; None where it had none.
         previous: the task that was folded last.
         count: folds so far.
@@ -53,6 +55,7 @@ class MergeState:
     merged: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     heads: dict[str, HeadTensors] = field(default_factory=dict)
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
     calibration: Tensor | None = None
     previous: str | None = None
     count: int = 0
@@ -72,12 +75,13 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The state as arrays and string metadata for one `.safetensors` file: contiguous, and views that nobody may write
     to, so that a state in memory is not held twice.
 
-    Names: `merged/<name>`, `statistics/<name>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`; of an
+    Names: `merged/<name>`, `statistics/<name>`, `histograms/<place>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`; of an
     `IntegerVector` the codes are `merged/<name>` and its steps `step/<name>`.
     """
     codes = state.merged.codes if isinstance(state.merged, IntegerVector) else {}
     tensors = {f"merged/{name}": state.merged[name] for name in state.merged if name not in codes}
     tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+    tensors |= {f"histograms/{name}": tensor for name, tensor in state.histograms.items()}
     for task, head in state.heads.items():
         tensors |= {f"heads/{task}/weight": head.weight, f"heads/{task}/bias": head.bias}
     if state.calibration is not None:
@@ -111,7 +115,7 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
             remedy="Put the old base back, or start a fresh state directory.",
         )
     groups: dict[str, dict[str, np.ndarray]] = {
-        group: {} for group in ("merged", "step", "statistics", "heads", "calibration")
+        group: {} for group in ("merged", "step", "statistics", "histograms", "heads", "calibration")
     }
     for name in sorted(tensors, key=str.encode):
         group, _, rest = name.partition("/")
@@ -132,6 +136,7 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
         merged=_merged(base, groups["merged"], groups["step"]),
         statistics=Lazy(statistics, lambda name: as_tensor(statistics[name])),
         heads={task: HeadTensors(heads[f"{task}/weight"], heads[f"{task}/bias"]) for task in tasks},
+        histograms={name: as_tensor(array) for name, array in groups["histograms"].items()},
         calibration=None if inputs is None else as_tensor(inputs),
         previous=metadata.get("previous"),
         count=int(count),

@@ -90,6 +90,26 @@ class Hdrq:
         return run.result()
 
 
+def as_shipped(weight_bits: int, activation_bits: int | None, iterations: int) -> Hdrq:
+    """For an artifact that is served and never merged: rounding is real from the start, and nothing pulls to θ⁰.
+
+    Noise and pull buy fitness for merging with accuracy (docs/quantization.md has the figures), and foldd merges in
+    float, or in integers that it rounds itself.
+    """
+    descent = Descent(iterations) if iterations else None
+    return Hdrq(weight_bits, activation_bits, noise=False, pull=0.0, descent=descent)
+
+
+def as_published(weight_bits: int, activation_bits: int | None, iterations: int = 20_000, rate: float = 1e-3) -> Hdrq:
+    """With the paper's settings: steps per tensor, rate 1e-3 (the authors' code: 1e-4), the last 3,500 of 20,000 real.
+
+    λ = 5e-2 is absolute, as printed. Steps are learned as logarithms: the published rate of 1e-3 for a step itself
+    would be many times the step at 8 bits; that of activations, 4e-5, is about 4e-3 of theirs.
+    """
+    descent = Descent(iterations, rate=rate, in_steps=False, range_rate=4e-3) if iterations else None
+    return Hdrq(weight_bits, activation_bits, per_channel=False, noise=True, pull=5e-2, descent=descent)
+
+
 class _Run:
     """One quantization: what was rounded so far."""
 

@@ -64,6 +64,7 @@ def _initialise(config: Config, arguments: argparse.Namespace) -> BaseSpec:
     require("daemon", *DAEMON_PACKAGES)
     from foldd.base.load import load_program
     from foldd.base.store import store_base
+    from foldd.daemon.pace import measure_pace
 
     for noisy in ("torch", "onnx_ir", "onnxscript"):  # they tell of their passes and of packages that nobody needs
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -96,6 +97,7 @@ def _initialise(config: Config, arguments: argparse.Namespace) -> BaseSpec:
     layout.create()
     with daemon_lock(layout.lock):
         spec = store_base(layout.base, program, features=features, head=head)
+        measure_pace(layout.base)
         daemon_identity(config)
         Ledger.create(layout.ledger).close()
     return spec

@@ -66,7 +66,7 @@ def test_every_layer_of_its_own_is_found_and_a_shared_one_is_not(mixed):
 
 
 def test_a_matrix_on_rows_is_the_layer_with_its_norm(mixed):
-    model, _, walker = mixed
+    model, _, walker, _ = mixed
     outputs: dict[str, Tensor] = {}
     for name in ("bn", "dn", "an", "plain", "last"):
         getattr(model, name).register_forward_hook(lambda m, a, o, name=name: outputs.update({name: o.detach()}))
@@ -81,7 +81,7 @@ def test_a_matrix_on_rows_is_the_layer_with_its_norm(mixed):
 
 
 def test_assign_is_the_inverse_of_matrix(mixed):
-    model, _, walker = mixed
+    model, _, walker, _ = mixed
     weights = weights_of(model)
     g = torch.Generator().manual_seed(2)
     for layer in walker.layers:
@@ -93,7 +93,7 @@ def test_assign_is_the_inverse_of_matrix(mixed):
 
 
 def test_a_dead_channel_is_left_alone(mixed):
-    model, _, walker = mixed
+    model, _, walker, _ = mixed
     weights = weights_of(model)
     weights = weights | {"bn.weight": torch.cat([torch.zeros(1), weights["bn.weight"][1:]])}
     layer = walker.layers[0]
@@ -103,7 +103,7 @@ def test_a_dead_channel_is_left_alone(mixed):
 
 
 def test_a_walk_ends_with_the_networks_features(mixed):
-    model, features, walker = mixed
+    model, features, walker, _ = mixed
     weights = weights_of(model)
     lanes = [Lane(weights, X), Lane({n: w * 1.1 for n, w in weights.items()}, X[:2])]
     for _ in walker.walk(lanes):
@@ -115,7 +115,7 @@ def test_a_walk_ends_with_the_networks_features(mixed):
 
 
 def test_what_is_changed_on_the_way_counts_from_there_on(mixed):
-    model, features, walker = mixed
+    model, features, walker, _ = mixed
     weights = dict(weights_of(model))
     lane = Lane(weights, X)
     for layer, _ in walker.walk([lane]):
@@ -125,7 +125,7 @@ def test_what_is_changed_on_the_way_counts_from_there_on(mixed):
 
 
 def test_gradients_are_those_of_each_row(mixed):
-    model, _, walker = mixed
+    model, _, walker, _ = mixed
     kept: dict[str, Tensor] = {}
 
     def hook(module: nn.Module, arguments: object, output: Tensor) -> None:

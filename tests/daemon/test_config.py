@@ -49,7 +49,7 @@ def test_method_tables_are_the_methods_own_fields(name):
     """Settings are typed without torch; here they are held against the dataclasses that do the work."""
     from foldd.daemon.methods import METHODS, make_method
 
-    plan = stored_plan(make_plan(Fold(method=name), Quantize(), Gate(), "digest"))
+    plan = stored_plan(make_plan(Fold(method=name), Quantize(), Gate(), "digest", None))
     method = METHODS[name]
     assert plan.options == {field.name: field.default for field in dataclasses.fields(method)}
     assert make_method(name, plan.options) == method()

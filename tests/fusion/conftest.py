@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foldd.base.folded import FoldedNetwork
 from foldd.base.load import capture
 from foldd.base.network import Base, FeatureFunction
 from foldd.base.store import network_of
