@@ -75,8 +75,8 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The state as arrays and string metadata for one `.safetensors` file: contiguous, and views that nobody may write
     to, so that a state in memory is not held twice.
 
-    Names: `merged/<name>`, `statistics/<name>`, `histograms/<place>`, `heads/<task>/weight`, `heads/<task>/bias`, `calibration/inputs`; of an
-    `IntegerVector` the codes are `merged/<name>` and its steps `step/<name>`.
+    Names: `merged/<name>`, `statistics/<name>`, `histograms/<place>`, `heads/<task>/weight`, `heads/<task>/bias`,
+    `calibration/inputs`; of an `IntegerVector` the codes are `merged/<name>` and its steps `step/<name>`.
     """
     codes = state.merged.codes if isinstance(state.merged, IntegerVector) else {}
     tensors = {f"merged/{name}": state.merged[name] for name in state.merged if name not in codes}
