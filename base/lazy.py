@@ -31,3 +31,8 @@ class Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def over(top: Mapping[str, Tensor], below: Mapping[str, Tensor]) -> Lazy:
+    """The tensors of `below`, but those of `top` where it has them."""
+    return Lazy([*below, *(name for name in top if name not in below)], lambda n: top[n] if n in top else below[n])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foldd.base.folded import FoldedNetwork
 from foldd.base.walk import Walker
 from foldd.core.base_spec import BaseSpec
 from foldd.core.roles import Role
@@ -25,12 +26,14 @@ class Base:
         features: (weights, inputs [n, *input_shape]) → features [n, width], a pure function that is
             differentiable in the weights. `weights` must have the keys of `Base.weights`.
         walker: the same network, layer by layer, for methods that look inside.
+        folded: the same network with its BatchNorms folded, as quantizing and the export see it.
     """
 
     spec: BaseSpec
     weights: Mapping[str, Tensor]
     features: FeatureFunction
     walker: Walker
+    folded: FoldedNetwork
 
     def role(self, name: str) -> Role:
         return self.spec.tensors[name].role

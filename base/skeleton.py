@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from foldd.base.batch_norm import FoldedNorm, fold_graph
 from foldd.base.load import input_shape_of
+from foldd.base.simplify import simplify
 from foldd.core.errors import BadSetup
 
 OPSET = 21  # Gelu and LayerNormalization as one node; INT4 initializers
@@ -60,6 +61,7 @@ def export_skeleton(program: ExportedProgram) -> tuple[bytes, tuple[FoldedNorm, 
     )
     assert exported is not None
     model = exported.model_proto
+    simplify(model)
     _strip(model)
     _check_patchable(model, {name: t.numpy() for name, t in module.state_dict().items() if t.is_floating_point()})
     return model.SerializeToString(deterministic=True), rules

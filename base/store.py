@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from foldd.base.batch_norm import FoldedNorm
 from foldd.base.features import cut_at_features
+from foldd.base.folded import FoldedNetwork
 from foldd.base.layers import find_layers
 from foldd.base.lazy import Lazy
 from foldd.base.load import input_shape_of
@@ -75,12 +76,15 @@ def open_base(directory: Path) -> Base:
             remedy="Run `foldd init` into a fresh state directory.",
         )
     program = torch.export.load(directory / "program.pt2")
-    features, walker = network_of(program, forget=weights)
-    return Base(spec, weights, features, walker)
+    return Base(spec, weights, *network_of(program, forget=weights))
 
 
-def network_of(program: ExportedProgram, *, forget: Collection[str] = ()) -> tuple[FeatureFunction, Walker]:
-    """A captured feature network as a whole and layer by layer; the program's own weights are never touched.
+def network_of(
+    program: ExportedProgram, *, forget: Collection[str] = ()
+) -> tuple[FeatureFunction, Walker, FoldedNetwork]:
+    """A captured feature network as a whole, layer by layer, and with its BatchNorms folded.
+
+    The program's own weights are never touched.
 
     Args:
         forget: names of tensors that whoever runs the network will always bring: the network's own go, a whole copy of
@@ -99,7 +103,7 @@ def network_of(program: ExportedProgram, *, forget: Collection[str] = ()) -> tup
         result: Tensor = functional_call(module, dict(weights), (inputs,))
         return result
 
-    return features, Walker(module, find_layers(module))
+    return features, Walker(module, find_layers(module)), FoldedNetwork(module)
 
 
 def open_skeleton(directory: Path) -> tuple[Path, tuple[FoldedNorm, ...]]:

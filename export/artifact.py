@@ -1,7 +1,7 @@
 """An artifact: the skeleton with one generation's weights, and one `logits/<task>` output per head.
 
 Putting tensors into the skeleton costs milliseconds, exporting again costs seconds
-(`make bench-export` measures both).
+(`make bench-export` measures both). `patch` and `finish` are the two halves that `quantized.py` shares.
 """
 
 from __future__ import annotations
@@ -41,7 +41,39 @@ def build_artifact(
         Refused: `artifact-too-large` over 2 GiB: so large a head does not fit.
     """
     model = onnx.load(skeleton)
-    _patch(model.graph, weights)
+    patch(model.graph, weights)
+    finish(model, heads, target, metadata=metadata)
+
+
+def patch(graph: onnx.GraphProto, weights: Mapping[str, np.ndarray]) -> None:
+    """Puts float32 arrays into the initializers of their names. Raises `BadSetup` as `build_artifact` does."""
+    wanted = find_tensors(graph, {name: array.shape for name, array in weights.items()})
+    for name, array in weights.items():
+        wanted[name].raw_data = array.astype("<f4", copy=False).tobytes()
+
+
+def find_tensors(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, onnx.TensorProto]:
+    """The float initializers of these names.
+
+    Raises:
+        BadSetup: `wrong-skeleton` where one is missing or has another shape.
+    """
+    wanted = {i.name: i for i in graph.initializer if i.data_type == TensorProto.FLOAT and i.name in shapes}
+    if missing := [name for name in shapes if name not in wanted]:
+        raise BadSetup(
+            "wrong-skeleton",
+            f"The skeleton has no initializer {missing[0]!r}.",
+            why="the state directory mixes two bases.",
+            remedy="Run `foldd init` into a fresh state directory.",
+        )
+    for name, shape in shapes.items():
+        if tuple(wanted[name].dims) != shape:
+            raise BadSetup("wrong-skeleton", f"{name} is {shape}, the skeleton's is {tuple(wanted[name].dims)}.")
+    return wanted
+
+
+def finish(model: onnx.ModelProto, heads: Mapping[str, Head], target: Path, *, metadata: Mapping[str, str]) -> None:
+    """Adds heads and provenance and writes the file, durably. Raises `Refused` as `build_artifact` does."""
     for task in sorted(heads):
         _add_head(model.graph, task, heads[task])
     for key in sorted(metadata):
@@ -50,22 +82,6 @@ def build_artifact(
     if size > MAX_ONNX_BYTES:
         raise Refused("artifact-too-large", f"The model would be {size} bytes; one ONNX file holds {MAX_ONNX_BYTES}.")
     write_file(target, model.SerializeToString(deterministic=True))
-
-
-def _patch(graph: onnx.GraphProto, weights: Mapping[str, np.ndarray]) -> None:
-    wanted = {i.name: i for i in graph.initializer if i.data_type == TensorProto.FLOAT and i.name in weights}
-    if missing := [name for name in weights if name not in wanted]:
-        raise BadSetup(
-            "wrong-skeleton",
-            f"The skeleton has no initializer {missing[0]!r}.",
-            why="the state directory mixes two bases.",
-            remedy="Run `foldd init` into a fresh state directory.",
-        )
-    for name, array in weights.items():
-        initializer = wanted[name]
-        if tuple(initializer.dims) != array.shape:
-            raise BadSetup("wrong-skeleton", f"{name} is {array.shape}, the skeleton's is {tuple(initializer.dims)}.")
-        initializer.raw_data = array.astype("<f4", copy=False).tobytes()
 
 
 def _add_head(graph: onnx.GraphProto, task: str, head: Head) -> None:

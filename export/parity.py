@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,19 @@ from foldd.core.errors import Refused
 BATCH = 64  # inputs at a time: activations must not grow with the calibration set
 
 
-def run_artifact(model: Path, inputs: np.ndarray, outputs: list[str], *, threads: int = 1) -> dict[str, np.ndarray]:
-    """Output name → array, from onnxruntime's CPU provider. `inputs`: [n, …] float32."""
+def run_artifact(
+    model: Path, inputs: np.ndarray, outputs: list[str], *, threads: int = 1, optimised: bool = True
+) -> dict[str, np.ndarray]:
+    """Output name → array, from onnxruntime's CPU provider.
+
+    Args:
+        inputs: [n, …] float32.
+        optimised: as a device runs it; otherwise node by node as the file says, which is what a quantized artifact
+            means: integer kernels differ from that by a code here and there (onnxruntime #25259, #32132).
+    """
     options = onnxruntime.SessionOptions()
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -30,6 +41,20 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     scale = float(np.abs(expected).max(initial=0.0))
     difference = float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0))
     return difference / scale if scale > 0 else difference
+
+
+def signal_to_noise(actual: np.ndarray, expected: np.ndarray) -> float:
+    """10·log₁₀(Σ expected² / Σ (actual − expected)²), in dB; infinite where they are equal.
+
+    Minus infinity where either holds values that are not finite.
+    """
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return float("-inf")
+    signal = float(np.square(expected, dtype=np.float64).sum())
+    noise = float(np.square(actual.astype(np.float64) - expected).sum())
+    if noise == 0:
+        return float("inf")
+    return 10 * math.log10(signal / noise) if signal > 0 else float("-inf")
 
 
 def check_parity(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], limit: float) -> float:

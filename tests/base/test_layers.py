@@ -57,7 +57,7 @@ X = torch.randn(5, 4, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
 def test_every_layer_of_its_own_is_found_and_a_shared_one_is_not(mixed):
-    _, _, walker = mixed
+    _, _, walker, _ = mixed
     assert [layer.weight for layer in walker.layers] == [
         "stem.weight", "deep.weight", "bare.weight", "plain.weight", "last.weight",
     ]  # fmt: skip

@@ -70,7 +70,7 @@ def test_a_network_without_weights_of_its_own_computes_the_same() -> None:
     weights = {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()}
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = network_of(program)[0](weights, x)
-    features, walker = network_of(program, forget=weights)
+    features, walker, _ = network_of(program, forget=weights)
     assert torch.equal(features(weights, x), expected)
     held = sum(t.numel() for t in walker._module.state_dict(keep_vars=True).values() if t.is_floating_point())
     assert held == 0

@@ -13,7 +13,7 @@ from foldd.base.store import open_base, open_skeleton
 from foldd.core.bundle import Head
 from foldd.core.errors import BadSetup, Refused
 from foldd.export.artifact import build_artifact
-from foldd.export.parity import agreement, check_parity, relative_difference, run_artifact
+from foldd.export.parity import agreement, check_parity, relative_difference, run_artifact, signal_to_noise
 
 
 def random_weights(base, seed=0):
@@ -117,3 +117,11 @@ def test_agreement():
     left, right = np.eye(4), np.eye(4)[[0, 1, 3, 2]]
     assert agreement(left, left) == 1
     assert agreement(left, right) == 0.5
+
+
+def test_signal_to_noise():
+    expected = np.array([3.0, -4.0], np.float32)
+    assert signal_to_noise(expected, expected) == np.inf
+    assert signal_to_noise(expected + np.array([0.05, 0.0], np.float32), expected) == pytest.approx(40, abs=1e-3)
+    assert signal_to_noise(expected, 0 * expected) == -np.inf
+    assert signal_to_noise(expected * np.nan, expected) == -np.inf

@@ -73,7 +73,7 @@ class Grouped(nn.Module):
 
 
 @cache
-def captured(network: type[nn.Module], input_shape: tuple[int, ...]) -> tuple[FeatureFunction, Walker]:
+def captured(network: type[nn.Module], input_shape: tuple[int, ...]) -> tuple[FeatureFunction, Walker, FoldedNetwork]:
     return network_of(capture(network(), input_shape))
 
 

@@ -1,0 +1,94 @@
+"""Steps and rounding: quantization as a differentiable function of values and step.
+
+`fake_quantize` is clamp(⌊x/Δ⌉, low, high)·Δ (HDRQ, equation 8). Its gradients are those of LSQ (Esser et al., 2020):
+straight through to x inside the range; to the step the rounding error inside and the bound outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_EXPONENT = 2.4  # of the error that a step is chosen by: MSE would clip too little, as BRECQ and its heirs found
+_SHARES = tuple(i / 50 for i in range(10, 51))  # of the largest magnitude, tried as the range
+_FLOOR = 1 / 1024  # of the layer's largest step: a dead channel's would be 0, and its bias in steps endless
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of a symmetric signed weight."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def shaped(step: Tensor, like: Tensor) -> Tensor:
+    """A step [] or [channels] so that it multiplies a weight [channels, …]."""
+    return step.reshape(-1, *[1] * (like.dim() - 1)) if step.dim() else step
+
+
+def largest_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
+    """The step whose range holds the largest magnitude: [channels] or []."""
+    magnitude = weight.abs().flatten(1).amax(1) if per_channel else weight.abs().amax()
+    step = magnitude / code_range(bits)[1]
+    return step.clamp_min(float(step.max()) * _FLOOR).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def best_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
+    """The step of least Σ|w − ŵ|^2.4 among shares of the largest one: [channels] or []."""
+    top = largest_step(weight, bits, per_channel=per_channel)
+    low, high = code_range(bits)
+    best, best_error = top, torch.full_like(top, float("inf"))
+    for share in _SHARES:
+        step = shaped(top * share, weight)
+        error = (weight - (weight / step).round().clamp(low, high) * step).abs().pow(_EXPONENT)
+        total = error.flatten(1).sum(1) if per_channel else error.sum()
+        better = total < best_error
+        best, best_error = torch.where(better, top * share, best), torch.where(better, total, best_error)
+    return best.clamp_min(float(best.max()) * _FLOOR)
+
+
+def nearest_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+    """⌊w/Δ⌉ in the range of the bits: int8, of the weight's shape."""
+    return (weight / shaped(step, weight)).round().clamp(*code_range(bits)).to(torch.int8)
+
+
+def fake_quantize(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """clamp(⌊x/Δ⌉, low, high)·Δ with LSQ's gradients; the step broadcasts against the values."""
+    result: Tensor = _FakeQuantize.apply(values, step, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
+def noisy(values: Tensor, step: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """w + ε in place of the quantized ŵ, ε drawn from the errors w − ŵ of the whole tensor, in steps (equation 9).
+
+    What lies outside the range is clipped to it, as quantizing would; its errors may be drawn too, for they are few.
+    """
+    with torch.no_grad():
+        scaled = values / step
+        inside = (scaled > low) & (scaled < high)
+        errors = (scaled.round().clamp_(low, high) - scaled).flatten()
+        noise = errors[torch.randint(len(errors), errors.shape, generator=generator)].reshape(values.shape)
+        bound = scaled.clamp(low, high)
+    return torch.where(inside, values + noise * step, bound * step)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        scaled = values / step
+        codes = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(scaled, codes)
+        ctx.bounds, ctx.step_shape = (low, high), step.shape
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        scaled, codes = ctx.saved_tensors
+        low, high = ctx.bounds
+        inside = (scaled >= low) & (scaled <= high)
+        to_values = gradient * inside
+        to_step = None
+        if ctx.needs_input_grad[1]:
+            to_step = (gradient * torch.where(inside, codes - scaled, codes)).sum_to_size(ctx.step_shape)
+        return to_values, to_step, None, None
