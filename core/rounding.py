@@ -14,7 +14,7 @@ import numpy as np
 from foldd.core.quantized import QuantizedTensor
 from foldd.core.roles import Role
 
-PIECE = 1 << 20  # elements that are in float64 at a time
+PIECE = 1 << 18  # elements that are in float64 at a time, a few times over: 10 MB
 # Of a step. codes · step in float32, divided by a step that is itself computed anew, misses a code of 127 by 127 · 2⁻²³
 # at most; what is so near to an integer is that integer, or a vector that nothing changed would wander with each fold.
 NEARLY = 2.0**-15

@@ -5,7 +5,7 @@ task vectors are some hundredths of the weights, so their steps are as much fine
 of a running mean was off by more than its own length after 12 folds; rounded as itself, by 2 to 3 %.
 
 Rounding is without bias, ⌊x + u⌋. The t-th fold moves a running mean by 1/t of a vector, and that falls below half a
-step: to the nearest, 100 % of an update were kept at t = 100, 83 % at 400 and 26 % at 800. It costs 1.4 times the error.
+step: to the nearest, 100 % of an update were kept at t = 100, 83 % at 400, 26 % at 800. It costs 1.4 times the error.
 """
 
 from __future__ import annotations
