@@ -118,7 +118,8 @@ def reconstruct(
     real_from = descent.iterations - round(descent.iterations * descent.real)
 
     def keep(values: Tensor, quantized: Tensor) -> Tensor:
-        return torch.where(torch.rand(values.shape, generator=generator) < descent.drop, values, quantized)
+        stays = torch.rand(values.shape, generator=generator).lt_(descent.drop)
+        return torch.lerp(quantized, values, stays)  # exact at 0 and 1, and several times as fast as where()
 
     first = last = float("nan")
     for i in range(descent.iterations):

@@ -90,5 +90,5 @@ class _FakeQuantize(torch.autograd.Function):
         to_values = gradient * inside
         to_step = None
         if ctx.needs_input_grad[1]:
-            to_step = (gradient * torch.where(inside, codes - scaled, codes)).sum_to_size(ctx.step_shape)
+            to_step = (gradient * (codes - scaled * inside)).sum_to_size(ctx.step_shape)
         return to_values, to_step, None, None
