@@ -43,7 +43,7 @@ class Store:
         """A weight behind DequantizeLinear, as integer kernels want it; [out, in] becomes [in, out] if `transposed`."""
         name = f"{name}/transposed" if transposed else name
         codes = self._codes(name, weight.codes.T if transposed else weight.codes, weight.bits)
-        if _is_int4(weight):
+        if weight.bits <= _INT4_BITS:
             # A DequantizeLinear that takes INT4 never fuses; this cast is folded when the file is loaded.
             codes = self.make("Cast", [codes], f"{name}/int8", to=TensorProto.INT8)
         return self.dequantize(name, codes, weight.step, TensorProto.INT8, axis=1 if transposed else 0)
@@ -79,10 +79,6 @@ class Store:
 def weight_of(codes: str) -> str:
     """The weight whose codes an initializer holds."""
     return codes.removesuffix("/codes").removesuffix("/transposed")
-
-
-def _is_int4(weight: QuantizedTensor) -> bool:
-    return weight.bits <= _INT4_BITS
 
 
 def _nibbles(codes: np.ndarray) -> bytes:

@@ -14,12 +14,12 @@ from foldd.base.simplify import simplify
 from foldd.base.store import open_skeleton
 
 
-def graph(*nodes, **constants):
+def graph(*nodes, height=4, **constants):
     """`input` [batch, 3, 4, 5] → `features` of any shape."""
     made = [helper.make_node("Constant", [], [name], value_ints=value) for name, value in constants.items()]
     made += [helper.make_node(kind, inputs, [output], name=output, **more) for kind, inputs, output, more in nodes]
     ends = (
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 4, 5])],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, height, 5])],
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, None)],
     )
     return helper.make_model(
@@ -54,11 +54,11 @@ DIMENSIONS = graph(
     ("Gather", ["all", "first"], "batch", {}),
     ("Gather", ["all", "fourth"], "width", {}),
     ("Slice", ["all", "one", "three"], "between", {}),
-    ("Slice", ["all", "zero", "three", "zero", "two"], "every_other", {}),
+    ("Slice", ["all", "one", "four", "zero", "two"], "every_other", {}),
     ("Slice", ["every_other", "one", "two"], "one_of_them", {}),
     ("Concat", ["batch", "width", "between", "some", "one_of_them"], "together", {"axis": 0}),
     ("Cast", ["together"], "features", {"to": TensorProto.FLOAT}),
-    first=[0], fourth=[3], zero=[0], one=[1], two=[2], three=[3],
+    first=[0], fourth=[3], zero=[0], one=[1], two=[2], three=[3], four=[4],
 )  # fmt: skip
 
 
@@ -81,6 +81,25 @@ def test_the_same_is_computed_with_less(model, removed, batch):
     fewer = kinds(model) - kinds(simple)
     del fewer["Constant"]
     assert fewer == removed
+
+
+def test_axes_of_free_size_are_not_taken_for_equal():
+    """Both have no number, but one is twice the other."""
+    model = graph(
+        ("Shape", ["input"], "n", {"start": 2, "end": 3}),
+        ("Mul", ["n", "two"], "twice", {}),
+        ("Concat", ["any", "twice", "five"], "flat", {"axis": 0}),
+        ("Concat", ["any", "three", "five", "n"], "whole", {"axis": 0}),
+        ("Reshape", ["input", "flat"], "middle", {}),
+        ("Transpose", ["middle"], "over", {"perm": [0, 2, 1]}),
+        ("Reshape", ["over", "whole"], "features", {}),
+        height="n", any=[-1], two=[2], three=[3], five=[5],
+    )  # fmt: skip
+    simple = onnx.ModelProto()
+    simple.CopyFrom(model)
+    simplify(simple)
+    inputs = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    assert np.array_equal(run(simple, inputs), run(model, inputs))
 
 
 def test_what_the_exporter_writes_for_attention_and_for_a_missing_bias(base_folder):

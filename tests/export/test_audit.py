@@ -63,6 +63,19 @@ def test_integer_weights_that_nothing_fuses_with(base_folder, tmp_path):
     assert set(audit.left_float.values()) == {"the pattern is complete, but this onnxruntime has no kernel for it"}
 
 
+def test_weights_that_are_not_folded(base_folder, tmp_path):
+    """As inputs that a caller may replace they are no constants."""
+    skeleton, quantized = quantize(base_folder("residual"), "residual")
+    model = onnx.load(build(skeleton, replace(quantized, activations={}), tmp_path / "model.onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("conv.weight/"):
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.save(model, tmp_path / "model.onnx")
+    audit = audit_artifact(tmp_path / "model.onnx")
+    assert audit.left_float == {"conv.weight": "its weights are expanded to float at every inference"}
+    assert set(audit.folded) == {"stem.weight", "shortcut.weight"}
+
+
 def test_of_two_layers_with_one_weight_both_must_fuse(tmp_path):
     """The second convolution's output has no range: its kernel would have to be float."""
     weight = np.random.default_rng(0).standard_normal((4, 4, 1, 1)).astype(np.float32)

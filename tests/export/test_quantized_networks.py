@@ -18,6 +18,7 @@ from foldd.core.errors import BadSetup
 from foldd.core.quantized import QuantizedModel, QuantizedTensor
 from foldd.export.artifact import build_artifact
 from foldd.export.audit import audit_artifact
+from foldd.export.graph import Graph, resolve
 from foldd.export.parity import relative_difference, run_artifact, signal_to_noise
 from foldd.export.quantized import build_quantized_artifact
 
@@ -97,6 +98,22 @@ def test_every_layer_runs_in_integers(base_folder, tmp_path, name, kernels, bits
     assert audit.left_float == {}
     assert audit.kernels == kernels
     assert set(audit.fused) == set(quantized.weights)
+
+
+def test_places_are_behind_the_relu_that_alone_takes_them(base_folder, tmp_path):
+    skeleton, quantized = quantize(base_folder("residual"), "residual")
+    model = onnx.load(skeleton)
+    places = resolve(Graph(model.graph), quantized.activations)
+    assert {place: tensor for tensor, (place, _) in places.everywhere.items()} == {
+        "stem.weight:output": "relu",
+        "conv.weight:output": "conv2d_1",
+        "shortcut.weight:output": "conv2d_2",
+        "conv.weight:sum": "relu_1",
+    }
+    assert set(places.at_layers) == set(quantized.weights)
+    model.graph.node.append(onnx.helper.make_node("Neg", ["conv2d"], ["another"]))
+    places = resolve(Graph(model.graph), {"stem.weight:output": quantized.activations["stem.weight:output"]})
+    assert list(places.everywhere) == ["conv2d"], "the ReLU is not all that takes it"
 
 
 def test_a_layer_that_is_not_quantized_stays_as_it_is(base_folder, tmp_path):
