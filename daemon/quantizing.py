@@ -63,7 +63,8 @@ def quantize_state(
 def audited(model: QuantizedModel, artifact: Path) -> dict[str, Any]:
     """What is reported of a quantization, with what onnxruntime makes of the artifact."""
     found = audit_artifact(artifact)
-    slow = tuple(f"{weight} stays float in onnxruntime: {reason}." for weight, reason in found.left_float.items())
+    meant = {place.removesuffix(":input") for place in model.activations}
+    slow = [f"{name} stays float in onnxruntime: {why}." for name, why in found.left_float.items() if name in meant]
     return {
         **model.report, "kernels": dict(found.kernels), "fused": len(found.fused),
         "left_float": dict(found.left_float), "folded": len(found.folded),
