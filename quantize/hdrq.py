@@ -40,6 +40,7 @@ class Hdrq:
         noise: equation 9; without it weights are rounded really from the start.
         pull: λ of the distance to θ⁰.
         descent: of the reconstruction; None rounds to the nearest.
+        layer_by_layer: reconstructs each layer by itself, blocks or not.
     """
 
     name: ClassVar[str] = "hdrq"
@@ -49,6 +50,7 @@ class Hdrq:
     noise: bool = True
     pull: float = 5e-2
     descent: Descent | None = field(default_factory=lambda: Descent(100))
+    layer_by_layer: bool = False
 
     def rounding(self, weight: Tensor, step: Tensor, bits: int, base: Tensor | None) -> Rounding:
         """How one weight is rounded; other schemes put their own here."""
@@ -147,7 +149,7 @@ class _Run:
             def report(fraction: float, before: int = before, count: int = len(block.layers)) -> None:
                 progress((before + fraction * count) / total)
 
-            if block.together:
+            if block.together and not self._how.layer_by_layer:
                 self._learn(stretch, block.layers, through_quantized, through_float, targets, report)
             else:
                 self._layer_by_layer(block, through_quantized, through_float, report)

@@ -1,8 +1,9 @@
 """Where activations are quantized: what integer kernels take and give.
 
 A layer in integers takes integers. A convolution must give integers too, and so must the addition behind it, or
-onnxruntime computes it in float. A convolution between which and the next layer other things are computed, such as a
-transformer's patches, gains nothing from integers and loses 1.6 dB: it has no place, and only its weights are quantized.
+onnxruntime computes it in float. A convolution without ReLU or addition behind it, whose output no layer takes as it
+is, such as a transformer's patches, gains no time from integers and loses 1.6 dB: it has no place, only its weights are
+quantized.
 """
 
 from __future__ import annotations
