@@ -1,0 +1,173 @@
+"""Quantization: accuracy, merging after it, bytes and speed: `make bench-quant ARGS="--data …"`.
+
+Parts, each a list of rows:
+- `single`: each task's own model, quantized and scored on test images under its own head; the mean over tasks, and the
+  mean difference to the float model on the same images. 64 calibration images, those of its bundle.
+- `merged`: models that are quantized each by itself and then merged as integers; harmonic mean over their tasks.
+- `device`: artifacts in onnxruntime: bytes, and CPU time of one inference beside the float artifact, interleaved.
+- `ablation`: noise and pull, one after the other, at W3A3, merged (the paper's table 3).
+
+Methods other than `float` and `ort-static` share one frame (benchmarks/rivals/rounding.py); all that learn have the
+same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the published form on that
+frame: noise, and a pull to the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench_data import CORE8
+from benchmarks.quant_merged import harmonic, merged_rows, merged_scores, paired
+from benchmarks.quant_models import Cache, Subjects, quantizer
+from benchmarks.quant_onnx import artifacts, device_rows
+from benchmarks.report import add_data, finish, now, options, say
+from foldd.core.bundle import Head
+
+BITS = ("w8a8", "w8a4", "w4a8", "w6a6", "w4a4", "w3a3")
+METHODS = ("minmax", "mse", "adaround", "qdrop", "hdrq", "shipped")
+PARTS = ("device", "single", "merged", "ablation")
+MERGED = {"cnn": ("art", "cartoon", "sketch"), "vit": ("mnist", "notmnist")}
+
+
+def main() -> int:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    started, rows = now(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = Cache(arguments.cache or Path(temporary) / "cache")
+        for name in arguments.bases:
+            folder = Path(temporary) / name
+            for part in arguments.parts:
+                say(f"{name} {part}")
+                made = list(PART[part](arguments, name, folder, cache))
+                rows += [{"part": part, **row} for row in made]
+    finish("quant", rows, arguments.json, started)
+    return 0
+
+
+def _single(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    subjects = Subjects(arguments.data, name, arguments.tasks, arguments.split, folder)
+    models = [subjects.subject(arguments.data / name / f"{task}.safetensors", task) for task in arguments.tasks]
+    floats = [float(subjects.float_hits(model.weights, model).mean()) for model in models]
+    yield {"base": name, "method": "float", "bits": "float", "merged": None, "accuracy": float(np.mean(floats))}
+    for bits in arguments.bits:
+        for method in arguments.methods:
+            how, widest = quantizer(method, bits, arguments.iterations)
+            scores = []
+            for model in models:
+                facts = {
+                    "part": "single", "base": name, "method": method, "bits": bits, "task": model.name,
+                    "split": arguments.split, "iterations": arguments.iterations if how.descent else 0,
+                }  # fmt: skip
+
+                def measure(model: Any = model, how: Any = how, widest: bool = widest) -> float:
+                    quantized = subjects.quantize(how, model, subjects.draw(model, 0), 0, widest=widest)
+                    return float(subjects.hits(quantized, model).mean())
+
+                scores.append(cache.get(facts, measure))
+            yield {
+                "base": name, "method": method, "bits": bits, "merged": None, "accuracy": float(np.mean(scores)),
+                **paired(scores, floats),
+            }  # fmt: skip
+            say(f"  {method} {bits}: {np.mean(scores):.4f}")
+
+
+def _merged(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    subjects, models = _to_merge(arguments, name, folder)
+    for count in range(2, len(models) + 1):
+        yield from merged_rows(
+            subjects, models[:count], arguments.methods, arguments.merged_bits, arguments.draws, arguments.iterations,
+            cache,
+        )  # fmt: skip
+
+
+def _to_merge(arguments: argparse.Namespace, name: str, folder: Path) -> tuple[Subjects, list[Any]]:
+    domains = name == "cnn"
+    images = [f"pacs_{d}" if domains else d for d in MERGED[name]]
+    place = arguments.data / name / ("pacs/not-photo" if domains else "")
+    subjects = Subjects(arguments.data, name, images, arguments.split, folder)
+    return subjects, [
+        subjects.subject(place / f"{m}.safetensors", i) for m, i in zip(MERGED[name], images, strict=True)
+    ]
+
+
+def _ablation(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    subjects, models = _to_merge(arguments, name, folder)
+    whole, _ = quantizer("hdrq", "w3a3", arguments.iterations)
+    forms = {
+        "neither": replace(whole, noise=False, pull=0.0),
+        "noise": replace(whole, pull=0.0),
+        "pull": replace(whole, noise=False),
+        "noise and pull": whole,
+    }
+    reference: dict[str, list[float]] = {}
+    for per_channel in (True, False):
+        for form, how in forms.items():
+            how = replace(how, per_channel=per_channel)
+            facts = {"part": "ablation", "how": repr(how), "base": name, "split": arguments.split}
+            runs = [merged_scores(subjects, models, how, False, d, cache, facts) for d in range(arguments.draws)]
+            for rounding in ("alone", "equation-11", "equation-12", "stochastic"):
+                values = [harmonic(run[rounding]) for run in runs]
+                if form == "neither":
+                    reference[rounding] = values
+                yield {
+                    "base": name, "method": form, "bits": "w3a3 " + ("channels" if per_channel else "tensor"),
+                    "merged": None if rounding == "alone" else f"{len(models)} {rounding}",
+                    "accuracy": float(np.mean(values)), "accuracy_std": float(np.std(values)),
+                    "draws": arguments.draws, **paired(values, reference[rounding]),
+                }  # fmt: skip
+
+
+def _device(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    subjects = Subjects(arguments.data, name, arguments.tasks, arguments.split, folder)
+    models = [subjects.subject(arguments.data / name / f"{task}.safetensors", task) for task in arguments.tasks]
+    heads = {m.name: Head(m.head.weight.numpy(), m.head.bias.numpy()) for m in models}
+    files = folder / "artifacts"
+    files.mkdir(exist_ok=True)
+    first = models[0]
+    inputs = subjects.draw(first, 0)
+    made = artifacts(subjects, folder, first, inputs, heads, arguments.iterations, files)
+    yield from device_rows(name, made, subjects.draw(first, 1).numpy(), f"logits/{first.name}")
+
+
+PART = {"single": _single, "merged": _merged, "ablation": _ablation, "device": _device}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = options(__doc__ or "")
+    add_data(parser, split="test")
+    parser.add_argument("--bases", default="cnn,vit", type=_list)
+    parser.add_argument("--parts", default=",".join(PARTS), type=_list, help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--methods", default=",".join(METHODS), type=_list, help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--bits", default=",".join(BITS), type=_list)
+    parser.add_argument("--merged-bits", default="w4a4,w3a3", type=_list)
+    parser.add_argument("--tasks", default=",".join(CORE8), type=_list)
+    parser.add_argument("--iterations", default=100, type=int, help="of reconstruction, a block")
+    parser.add_argument("--draws", default=5, type=int, help="of calibration images, for what is merged")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.tasks, arguments.bits, arguments.draws, arguments.iterations = (
+            list(CORE8[:2]),
+            ["w8a8", "w4a8"],
+            1,
+            20,
+        )
+        arguments.merged_bits, arguments.methods = ["w4a4"], ["mse", "qdrop", "hdrq", "shipped"]
+    return arguments
+
+
+def _list(text: str) -> list[str]:
+    return text.split(",")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
