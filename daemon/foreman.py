@@ -94,7 +94,9 @@ class Foreman:
         if not may_begin or not queued or time.monotonic() < self._not_before:
             self._dismiss_worker()
             return
-        plan = make_plan(self._settings.fold, self._settings.quantize, self._settings.gate, self._config.digest)
+        plan = make_plan(
+            self._settings.fold, self._settings.heads, self._settings.quantize, self._settings.gate, self._config.digest
+        )
         arrival = self._ledger.begin(queued[0].id, plan)
         crash_point("fold.begun", self._layout.root)
         self._folding = arrival

@@ -32,6 +32,7 @@ from foldd.daemon.memory import peak_rss_bytes, reset_peak
 from foldd.daemon.methods import make_method
 from foldd.daemon.verify import verify_values
 from foldd.export.artifact import build_artifact
+from foldd.fusion.alignment import Alignment
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import MergeState, empty_state, merged_weights, pack, unpack
 
@@ -155,7 +156,7 @@ def _fold(
             why="weights of extreme size in this checkpoint.",
             remedy="Look at its task-vector norm; fine-tune with a lower learning rate.",
         )
-    return new, report
+    return Alignment(plan.heads, **plan.head_options).after_fold(state, checkpoint, new, report)
 
 
 def _halfway(progress: Callable[[float], None], root: Path) -> Callable[[float], None]:

@@ -8,14 +8,15 @@ from typing import Any
 import msgspec
 
 from foldd.daemon.jobs import Plan
-from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Quantize
+from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Heads, Quantize
 
 FAST_ITERATIONS = 100
 PAPER_ITERATIONS = 20_000
 
 
-def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) -> dict[str, Any]:
+def make_plan(fold: Fold, heads: Heads, quantize: Quantize, gate: Gate, config_digest: str) -> dict[str, Any]:
     """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here."""
+    head_options = msgspec.structs.asdict(heads)
     plan = Plan(
         method=fold.method,
         options=_options(fold, fold.method),
@@ -26,6 +27,8 @@ def make_plan(fold: Fold, quantize: Quantize, gate: Gate, config_digest: str) ->
         parity=gate.parity,
         conflict=gate.conflict,
         on_conflict=gate.on_conflict,
+        heads=head_options.pop("mode"),
+        head_options=head_options,
         format=quantize.format,
         iterations=iterations_for(quantize.effort),
         state=quantize.state,
