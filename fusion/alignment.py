@@ -26,6 +26,7 @@ from foldd.fusion.method import FoldReport
 from foldd.fusion.state import HeadTensors, MergeState, as_tensor
 from foldd.fusion.task_vector import applied, task_vector
 
+Mode = Literal["frozen", "aligned", "tuned"]
 MAX_INPUTS = 256  # of a calibration set, as `otmf` takes
 
 
@@ -40,7 +41,7 @@ class Alignment:
         labels: how far `tuned` moves the targets, in units of the logits' spread.
     """
 
-    mode: Literal["frozen", "aligned", "tuned"] = "aligned"
+    mode: Mode = "aligned"
     pull: float = 96.0
     drift: float = 0.2
     labels: float = 0.2

@@ -95,8 +95,13 @@ def source_digest(name: str, bench: Bench) -> str:
         settings = repr({field: value for field, value in values.items() if not callable(value)})
         if isinstance(method, OpcmLinear):
             settings, start = settings + inspect.getsource(OpcmLinear), Opcm.__module__
+    return module_digest(start, settings)
+
+
+def module_digest(module: str, settings: str = "") -> str:
+    """Of a module's source and all that it follows, with settings that are no part of them."""
     digest = hashlib.sha256(settings.encode())
-    for path in sorted(set(_sources(start, set()))):
+    for path in sorted(set(_sources(module, set()))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
