@@ -2,8 +2,8 @@
 
 Bundles are folded one by one, in this process, in seeded orders (0: as listed), and scored on images that no model has
 seen, under their heads as they came (`frozen`), or as foldd moves them after each fold: `aligned`, without labels, or
-`tuned`, with the labels of each bundle's calibration images. `accuracy` is the mean over tasks after the last fold, then
-over orders; `bwt` the mean over all tasks but the last of (accuracy at the end − accuracy right after its own fold);
+`tuned`, with the labels of each bundle's calibration images. `accuracy` is the mean over tasks after the last fold,
+then over orders; `bwt` the mean over all tasks but the last of (accuracy at the end − accuracy right after its own fold);
 `gain` the share of what the individual models gain over the unfolded base; `worst_task` the least that any task in any
 order gains over the same merge with frozen heads. `seconds` is the mean of a fold from the second on, `peak_rss_bytes`
 that of the largest fold, both with heads. Methods named `joint-…` see all models at once: one merge, for reference;
@@ -176,7 +176,7 @@ def _plain(method: str) -> bool:
 
 
 def summary(kind: tuple[str, int, str, Mode], results: Mapping[Job, Result], split: str) -> dict[str, Any] | None:
-    """The runs of a base, a number of tasks, a method and its heads in all orders as one row; None where there is none."""
+    """The runs of a base, a number of tasks, a method and its heads in all orders as one row; None: there are none."""
     base, tasks, method, heads = kind
     runs = [result for job, result in results.items() if job.kind == kind]
     if not runs:
