@@ -3,7 +3,7 @@
 Bundles are folded one by one, in this process, in seeded orders (0: as listed), and scored on images that no model has
 seen, under their heads as they came (`frozen`), or as foldd moves them after each fold: `aligned`, without labels, or
 `tuned`, with the labels of each bundle's calibration images. `accuracy` is the mean over tasks after the last fold,
-then over orders; `bwt` the mean over all tasks but the last of (accuracy at the end − accuracy right after its own fold);
+then over orders; `bwt` the mean over all tasks but the last of (accuracy at the end − right after its own fold);
 `gain` the share of what the individual models gain over the unfolded base; `worst_task` the least that any task in any
 order gains over the same merge with frozen heads. `seconds` is the mean of a fold from the second on, `peak_rss_bytes`
 that of the largest fold, both with heads. Methods named `joint-…` see all models at once: one merge, for reference;

@@ -95,8 +95,8 @@ class _Run:
         self.heads = {task: head_of(bench.checkpoint(task)) for task in tasks}  # as they are by now
         self.features: dict[str, np.ndarray] = {}
         self.result: Result = {
-            "method": method, "heads": heads, "order": list(tasks), "curves": curves, "final": {}, "own": {}, "table": [],
-            "shift": {}, "fold_seconds": [], "fold_peak_bytes": [],
+            "method": method, "heads": heads, "order": list(tasks), "curves": curves, "final": {}, "own": {},
+            "table": [], "shift": {}, "fold_seconds": [], "fold_peak_bytes": [],
         }  # fmt: skip
 
     def score_plain(self) -> None:
