@@ -19,6 +19,7 @@ from benchmarks.rivals.adamerging import AdaMergingLayer, AdaMergingTask
 from benchmarks.rivals.channel_masks import ChannelMasks
 from benchmarks.rivals.finetune import ContinualFinetuning
 from benchmarks.rivals.joint import JOINT
+from benchmarks.rivals.unfolded import Unfolded
 from foldd.base.network import Base
 from foldd.core.roles import Role
 from foldd.fusion.average import Average
@@ -63,6 +64,7 @@ def _finetuning(bench: Bench) -> FoldMethod:
 
 
 CONTINUAL: dict[str, Callable[[Bench], FoldMethod]] = {
+    "unfolded": lambda _: Unfolded(),
     "average": lambda _: Average(),
     "task-arithmetic": lambda _: TaskArithmetic(),
     "ties": lambda _: Ties(),

@@ -75,14 +75,14 @@ def test_what_makes_no_sense_is_refused(wrong):
 
 def test_heads_move_as_told_and_the_report_says_how_far(make_box):
     answers = {}
-    for mode in ("frozen", "aligned", "tuned"):
+    for mode in ("frozen", "tuned"):
         box: Box = make_box(name=mode, heads={"mode": mode})
         report = folded(box, box.bundle("alpha", seed=1, scale=0.5), box.bundle("beta", seed=2, scale=0.5))
         assert report["heads"].keys() == (set() if mode == "frozen" else {"alpha", "beta"})
         assert report["warnings"] == []
         answers[mode] = [served(box, task) for task in ("alpha", "beta")]
-    assert not np.allclose(answers["frozen"][1], answers["aligned"][1], atol=1e-4)
-    assert not np.allclose(answers["tuned"][1], answers["aligned"][1], atol=1e-4)
+    for frozen, tuned in zip(*answers.values(), strict=True):
+        assert not np.allclose(frozen, tuned, atol=1e-4)
 
 
 def test_tuning_without_labels_warns_and_aligns(make_box):
@@ -94,21 +94,3 @@ def test_tuning_without_labels_warns_and_aligns(make_box):
     assert aligned["warnings"] == []
     assert tuned["heads"] == aligned["heads"]
     np.testing.assert_array_equal(*(served(box, "beta") for box in boxes.values()))
-
-
-def test_the_same_bundles_give_the_same_bytes(make_box):
-    """Two boxes, one of them killed between the folds."""
-    digests = []
-    for name in ("one", "other"):
-        box: Box = make_box(name=name, heads={"mode": "tuned"})
-        bundles = [box.bundle(task, seed=seed) for seed, task in enumerate(("alpha", "beta", "gamma"))]
-        box.start()
-        for number, bundle in enumerate(bundles, 1):
-            if name == "other" and number == 3:
-                box.kill()
-                box.start()
-            box.drop(bundle)
-            box.wait_generation(number)
-        digests.append([row["artifact_sha256"] for row in box.history()])
-        box.stop()
-    assert digests[0] == digests[1]
