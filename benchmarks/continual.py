@@ -1,11 +1,13 @@
 """Accuracy of continual merging on real tasks, foldd's methods and rivals: `make bench-continual ARGS="--data …"`.
 
-Bundles are folded one by one, in this process, in seeded orders (0: as listed), and scored under their frozen heads on
-images that no model has seen. `accuracy` is the mean over tasks after the last fold, then over orders; `bwt` the mean
-over all tasks but the last of (accuracy at the end − accuracy right after its own fold); `gain` the share of what the
-individual models gain over the unfolded base. `seconds` is the mean of a fold from the second on, `peak_rss_bytes` that
-of the largest fold. Methods named `joint-…` see all models at once: one merge, for reference; `continual-finetuning`
-uses the labels of the training images.
+Bundles are folded one by one, in this process, in seeded orders (0: as listed), and scored on images that no model has
+seen, under their heads as they came (`frozen`), or as foldd moves them after each fold: `aligned`, without labels, or
+`tuned`, with the labels of each bundle's calibration images. `accuracy` is the mean over tasks after the last fold,
+then over orders; `bwt` the mean over all tasks but the last of (accuracy at the end − right after its own fold);
+`gain` the share of what the individual models gain over the unfolded base; `worst_task` the least that any task in any
+order gains over the same merge with frozen heads. `seconds` is the mean of a fold from the second on, `peak_rss_bytes`
+that of the largest fold, both with heads. Methods named `joint-…` see all models at once: one merge, for reference;
+`continual-finetuning` uses the labels of the training images.
 
 Settings are chosen on `--split validation`; the test images are for the last word.
 """
@@ -20,9 +22,9 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -33,8 +35,10 @@ from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from benchmarks.rivals.joint import JOINT
 from benchmarks.rivals.table import METHODS
 from foldd.core.errors import FolddError
+from foldd.fusion.alignment import Mode
 
 QUICK = {"bases": ["vit"], "tasks": [8], "orders": 1, "methods": ["average", "opcm", "otmf"]}
+HEADS: tuple[Mode, ...] = get_args(Mode)
 FULL = {"bases": ["vit", "cnn"], "tasks": [8, len(ALL12)], "orders": 5, "methods": list(METHODS)}
 
 
@@ -44,10 +48,11 @@ class Job:
     tasks: int
     method: str
     order: int
+    heads: Mode = "frozen"
 
     @property
-    def kind(self) -> tuple[str, int, str]:
-        return self.base, self.tasks, self.method
+    def kind(self) -> tuple[str, int, str, Mode]:
+        return self.base, self.tasks, self.method, self.heads
 
 
 @dataclass
@@ -89,14 +94,14 @@ def main() -> int:
             shuffled = {count: orders(tasks, arguments.orders) for count, tasks in lists.items()}
             for job in [job for job in clock.jobs if job.base == name]:
                 tasks = shuffled[job.tasks][job.order]
-                path = store.path(bench, tasks, job.method, job.order)
+                path = store.path(bench, tasks, job.method, job.order, job.heads)
                 result = store.read(path, bool(arguments.plots))
                 if result is None:
                     clock.say(done)
                     begun = time.perf_counter()
                     try:
                         result, features = measure(
-                            bench, tasks, job.method, job.order, bool(arguments.plots), lambda _: None
+                            bench, tasks, job.method, job.order, bool(arguments.plots), lambda _: None, job.heads
                         )
                         store.write(path, result, features)
                     except (FolddError, OSError, RuntimeError, ValueError, AssertionError):
@@ -118,7 +123,11 @@ def main() -> int:
         if arguments.plots:
             from benchmarks.plots import draw_all
 
-            shifts = draw_all(arguments.plots, results)
+            # The pictures know a method by its name alone: they show the first of the heads.
+            first = arguments.heads[0]
+            shifts = draw_all(
+                arguments.plots, {j: r for j, r in results.items() if j.heads == first or _plain(j.method)}
+            )
             finish("continual", shifts, arguments.plots / "feature_shift.json", started)
     for job in failed:
         say(f"not measured: {job}")
@@ -132,6 +141,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda text: [int(n) for n in text.split(",")], help="how many: 8,12")
     parser.add_argument("--orders", type=int, help="task orders, the first as listed; 5 unless told")
     parser.add_argument("--methods", type=lambda text: text.split(","), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--heads", type=lambda text: text.split(","), default=["frozen"], help=f"of {', '.join(HEADS)}")
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
@@ -139,6 +149,8 @@ def _arguments() -> argparse.Namespace:
     arguments.methods = [name for name in dict.fromkeys(arguments.methods) if name not in PLAIN]
     if unknown := [name for name in arguments.methods if name not in METHODS]:
         parser.error(f"there is no method {', '.join(unknown)}; there are {', '.join((*PLAIN, *METHODS))}")
+    if not set(arguments.heads) <= set(HEADS):
+        parser.error(f"--heads is of {', '.join(HEADS)}")
     if min(*arguments.tasks, 2) < 2 or arguments.orders < 1:
         parser.error("at least 2 tasks and 1 order")
     prepare_plots(parser, arguments.plots, "matplotlib", "sklearn")
@@ -148,18 +160,24 @@ def _arguments() -> argparse.Namespace:
 def _jobs(arguments: argparse.Namespace) -> list[Job]:
     """Orders outside methods, so that every method is known early, and with it the time left."""
     return [
-        Job(base, tasks, method, order)
+        Job(base, tasks, method, order, heads)
         for base in arguments.bases
         for order in range(arguments.orders)
         for tasks in arguments.tasks
         for method in (*PLAIN, *arguments.methods)
-        if order == 0 or method not in (*PLAIN, *JOINT)
+        if order == 0 or not _plain(method)
+        for heads in (["frozen"] if _plain(method) else arguments.heads)
     ]
 
 
-def summary(kind: tuple[str, int, str], results: Mapping[Job, Result], split: str) -> dict[str, Any] | None:
-    """The runs of a base, a number of tasks and a method in all orders as one row; None where there is none."""
-    base, tasks, method = kind
+def _plain(method: str) -> bool:
+    """Whether nothing is folded one after the other, so that there are no orders, and heads have nothing to follow."""
+    return method in (*PLAIN, *JOINT)
+
+
+def summary(kind: tuple[str, int, str, Mode], results: Mapping[Job, Result], split: str) -> dict[str, Any] | None:
+    """The runs of a base, a number of tasks, a method and its heads in all orders as one row; None: there are none."""
+    base, tasks, method, heads = kind
     runs = [result for job, result in results.items() if job.kind == kind]
     if not runs:
         return None
@@ -175,11 +193,22 @@ def summary(kind: tuple[str, int, str], results: Mapping[Job, Result], split: st
     seconds = [s for run in runs for s in (run["fold_seconds"][1:] or run["fold_seconds"])]
     peaks = [peak for run in runs for peak in run["fold_peak_bytes"]]
     return {
-        "base": base, "tasks": tasks, "method": method, "heads": "frozen", "split": split,
+        "base": base, "tasks": tasks, "method": method, "heads": heads, "split": split,
         "accuracy": accuracy, "accuracy_std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None, "gain": gain,
-        "bwt": _mean(losses) if losses else None, "orders": len(runs),
+        "bwt": _mean(losses) if losses else None, "worst_task": _worst(kind, results), "orders": len(runs),
         "seconds": _mean(seconds) if seconds else None, "peak_rss_bytes": max(peaks, default=None),
     }  # fmt: skip
+
+
+def _worst(kind: tuple[str, int, str, Mode], results: Mapping[Job, Result]) -> float | None:
+    """The smallest change of a task's accuracy against frozen heads in the same order; None where there is none."""
+    changes = [
+        accuracy - results[frozen]["final"][task]
+        for job, result in results.items()
+        if job.kind == kind and job.heads != "frozen" and (frozen := replace(job, heads="frozen")) in results
+        for task, accuracy in result["final"].items()
+    ]
+    return min(changes, default=None)
 
 
 def _mean(values: Any) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 from benchmarks import bench_data
 from benchmarks.bench_data import Bench, settled_rss
 from benchmarks.rivals.joint import JOINT
-from benchmarks.rivals.table import CONTINUAL, source_digest
+from benchmarks.rivals.table import CONTINUAL, module_digest, source_digest
 from foldd.core.files import write_file
 from foldd.daemon.memory import peak_rss_bytes, reset_peak
+from foldd.fusion.alignment import Alignment, Mode
 from foldd.fusion.method import head_of
 from foldd.fusion.state import merged_weights
 
@@ -33,14 +34,15 @@ class Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, bench: Bench, tasks: tuple[str, ...], method: str, order: int) -> Path:
+    def path(self, bench: Bench, tasks: tuple[str, ...], method: str, order: int, heads: Mode = "frozen") -> Path:
         facts = {
             "base": bench.base.spec.digest, "split": bench.split, "tasks": [[t, bench.digests[t]] for t in tasks],
             "method": method, "order": order, "scoring": _digest(__file__, bench_data.__file__),
-            "source": "" if method in PLAIN else source_digest(method, bench),
+            "source": "" if method in PLAIN else source_digest(method, bench), "heads": heads,
+            "heads_source": "" if heads == "frozen" else module_digest(Alignment.__module__),
         }  # fmt: skip
         short = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        return self.folder / f"{bench.name}-{len(tasks)}-{bench.split}-{method}-{order}-{short}.json"
+        return self.folder / f"{bench.name}-{len(tasks)}-{bench.split}-{method}-{heads}-{order}-{short}.json"
 
     def read(self, path: Path, curves: bool) -> Result | None:
         """A result, if there is one that has what is asked for."""
@@ -57,16 +59,24 @@ class Store:
 
 
 def measure(
-    bench: Bench, tasks: tuple[str, ...], method: str, order: int, curves: bool, progress: Callable[[float], None]
+    bench: Bench,
+    tasks: tuple[str, ...],
+    method: str,
+    order: int,
+    curves: bool,
+    progress: Callable[[float], None],
+    heads: Mode = "frozen",
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """A run's result, and features for a picture where it has its place in one.
+
+    The seconds and the memory of a fold are those of its heads too.
 
     The result: `final` and `own`, task → accuracy after the last fold and right after its own; `fold_seconds` and
     `fold_peak_bytes` of each fold (a joint merge is one). With `curves` also `table`, accuracy [generation][task so
     far] on a part of the images, and for the listed order `shift`, task → mean L1 distance of the final features from
     the task's own model's.
     """
-    run = _Run(bench, tasks, method, order, curves)
+    run = _Run(bench, tasks, method, order, curves, heads)
     if method in PLAIN:
         run.score_plain()
     elif method in JOINT:
@@ -77,12 +87,16 @@ def measure(
 
 
 class _Run:
-    def __init__(self, bench: Bench, tasks: tuple[str, ...], method: str, order: int, curves: bool) -> None:
+    def __init__(
+        self, bench: Bench, tasks: tuple[str, ...], method: str, order: int, curves: bool, heads: Mode
+    ) -> None:
         self.bench, self.tasks, self.method, self.order = bench, tasks, method, order
+        self.alignment = Alignment(heads)
+        self.heads = {task: head_of(bench.checkpoint(task)) for task in tasks}  # as they are by now
         self.features: dict[str, np.ndarray] = {}
         self.result: Result = {
-            "method": method, "order": list(tasks), "curves": curves, "final": {}, "own": {}, "table": [], "shift": {},
-            "fold_seconds": [], "fold_peak_bytes": [],
+            "method": method, "heads": heads, "order": list(tasks), "curves": curves, "final": {}, "own": {},
+            "table": [], "shift": {}, "fold_seconds": [], "fold_peak_bytes": [],
         }  # fmt: skip
 
     def score_plain(self) -> None:
@@ -104,8 +118,10 @@ class _Run:
         for number, task in enumerate(self.tasks):
             checkpoint = self.bench.checkpoint(task)
             with _Measured(self.bench, self.result):
-                state, _ = fold.fold(state, checkpoint, seed=self.order)
-            del checkpoint
+                after, report = fold.fold(state, checkpoint, seed=self.order)
+                state, _ = self.alignment.after_fold(state, checkpoint, after, report)
+            del checkpoint, after
+            self.heads |= state.heads
             self._score_fold(number, merged_weights(state))
             progress((number + 1) / len(self.tasks))
 
@@ -131,12 +147,11 @@ class _Run:
             self.result["table"].append(row)
 
     def _hits(self, task: str, weights: Any, places: np.ndarray | None = None) -> np.ndarray:
-        head = head_of(self.bench.checkpoint(task))
-        return self.bench.hits(self.bench.features(weights, task, places), head, task, places)
+        return self.bench.hits(self.bench.features(weights, task, places), self.heads[task], task, places)
 
     def _score_last(self, task: str, weights: Any) -> np.ndarray:
         features = self.bench.features(weights, task)
-        hits = self.bench.hits(features, head_of(self.bench.checkpoint(task)), task)
+        hits = self.bench.hits(features, self.heads[task], task)
         self.result["final"][task] = float(hits.mean())
         if self.result["curves"] and self.order == 0:
             own = self.bench.own_features[task]

@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of bases, bundles and images")
     parser.add_argument("--bases", default="cnn,vit")
     parser.add_argument("--methods", default="otmf")
+    parser.add_argument("--heads", default="aligned", choices=["frozen", "aligned", "tuned"])
     parser.add_argument("--split", default="test", choices=["test", "val"])
     arguments = parser.parse_args()
     from simulator import Box
@@ -78,12 +79,15 @@ def main() -> int:
             for method, scores in plain.items():
                 rows.append(_row(name, method, tasks, scores, plain))
             for method in arguments.methods.split(","):
-                box = Box(root / method, root / "base", fold={"method": method, "threads": 2})
+                box = Box(
+                    root / method, root / "base", fold={"method": method, "threads": 2}, heads={"mode": arguments.heads}
+                )
                 table = _folded(box, data / name, tasks, test)
                 history = box.history()
                 final, own = table[-1], [table[i][i] for i in range(len(tasks))]
                 bwt = float(np.mean([final[i] - own[i] for i in range(len(tasks) - 1)]))
                 row = _row(name, method, tasks, final, plain) | {
+                    "heads": arguments.heads,
                     "bwt": bwt,
                     "seconds": float(np.mean([sum(h["seconds"].values()) - h["seconds"]["settle"] for h in history])),
                     "peak_rss_bytes": max(h["peak_rss_bytes"] for h in history),

@@ -94,9 +94,7 @@ class Foreman:
         if not may_begin or not queued or time.monotonic() < self._not_before:
             self._dismiss_worker()
             return
-        settings = self._settings
-        pace = read_pace(self._layout.base)
-        plan = make_plan(settings.fold, settings.quantize, settings.gate, self._config.digest, pace)
+        plan = make_plan(self._settings, self._config.digest, read_pace(self._layout.base))
         arrival = self._ledger.begin(queued[0].id, plan)
         crash_point("fold.begun", self._layout.root)
         self._folding = arrival

@@ -5,7 +5,7 @@ The supervisor sends a `Job`; the worker answers with any number of `Progress` a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -27,6 +27,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     parity: float
     conflict: float
     on_conflict: str
+    heads: Literal["frozen", "aligned", "tuned"] = "frozen"
+    head_options: dict[str, Any] = {}
     format: str = "float"  # of the artifact
     quantizer: str = "hdrq"  # or "hdrq-paper"
     iterations: int = 0  # of reconstruction, a block

@@ -35,6 +35,7 @@ from foldd.daemon.quantizing import audited, quantize_state
 from foldd.daemon.verify import verify_values
 from foldd.export.artifact import build_artifact
 from foldd.export.quantized import build_quantized_artifact
+from foldd.fusion.alignment import Alignment
 from foldd.fusion.integers import round_vector
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import MergeState, empty_state, merged_weights, pack, unpack
@@ -172,7 +173,7 @@ def _fold(
     if plan.state == "quantized":
         # Here and not when it is stored: what is exported and judged is what the next fold will find.
         new = replace(new, merged=round_vector(state.base, new.merged, seed))
-    return new, report
+    return Alignment(plan.heads, **plan.head_options).after_fold(state, checkpoint, new, report)
 
 
 def seed_of(plan: Plan, checkpoint: Checkpoint) -> int:

@@ -10,21 +10,21 @@ from typing import Any
 import msgspec
 
 from foldd.daemon.jobs import Plan
-from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Quantize
+from foldd.daemon.settings import METHOD_TABLES, Fold, Settings
 
 FAST_ITERATIONS, FAST_SECONDS = 100, 30.0
 PAPER_ITERATIONS = 20_000
 PACE = "pace.json"  # beside the base
 
 
-def make_plan(
-    fold: Fold, quantize: Quantize, gate: Gate, config_digest: str, seconds_per_iteration: float | None
-) -> dict[str, Any]:
+def make_plan(settings: Settings, config_digest: str, seconds_per_iteration: float | None) -> dict[str, Any]:
     """The plan as the ledger keeps it. Thread counts change the order of sums, so the real number is fixed here.
 
     Args:
         seconds_per_iteration: of reconstruction, over all blocks, as `foldd init` measured it on this box.
     """
+    fold, quantize, gate = settings.fold, settings.quantize, settings.gate
+    head_options = msgspec.structs.asdict(settings.heads)
     plan = Plan(
         method=fold.method,
         options=_options(fold, fold.method),
@@ -35,6 +35,8 @@ def make_plan(
         parity=gate.parity,
         conflict=gate.conflict,
         on_conflict=gate.on_conflict,
+        heads=head_options.pop("mode"),
+        head_options=head_options,
         format=quantize.format,
         quantizer="hdrq-paper" if quantize.effort == "paper" else "hdrq",
         iterations=iterations_for(quantize.effort, seconds_per_iteration),

@@ -129,6 +129,15 @@ class Fold(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=METHO
     uowq: Uowq = Uowq()
 
 
+class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens to heads after a fold; the names are those of foldd.fusion.alignment.Alignment."""
+
+    mode: Literal["frozen", "aligned", "tuned"] = "aligned"
+    pull: Rate = 96.0
+    drift: Share = 0.2
+    labels: Weight = 0.2
+
+
 class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["float", "w8a8", "w4a8", "w8", "w4"] = "float"
     effort: Literal["fast", "paper"] | Annotated[float, Meta(gt=0)] = "fast"
@@ -172,6 +181,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: State = State()
     base: BaseNetwork = BaseNetwork()
     fold: Fold = Fold()
+    heads: Heads = Heads()
     quantize: Quantize = Quantize()
     intake: Intake = Intake()
     worker: Worker = Worker()

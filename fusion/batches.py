@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 
 
 @torch.no_grad()
-def features_of(base: Base, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+def features_of(base: Base, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """Features [n, width] of all inputs, without gradient, in pieces."""
     return torch.cat([base.features(weights, piece) for piece in torch.split(inputs, FORWARD_BATCH)])
 

@@ -36,6 +36,8 @@ class FoldReport:
             features on calibration inputs: how far the features moved.
         shares: what part of the new merge the `merged` one before is, and what the `incoming` task; empty for methods
             that do not choose it.
+        heads: task → how far its head moved: the spread of its logits' change on the inputs at hand, as a share of
+            their spread; empty where heads are frozen.
         warnings: sentences for the operator.
     """
 
@@ -53,11 +55,12 @@ class FoldReport:
     agreement: Mapping[str, float] = field(default_factory=dict)
     transport: Mapping[str, float] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    heads: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        plain = {"agreement": dict(self.agreement), "transport": dict(self.transport), "shares": dict(self.shares)}
+        plain = {name: dict(getattr(self, name)) for name in ("agreement", "transport", "shares", "heads")}
         return {**asdict(self), **plain, "warnings": list(self.warnings)}
 
 

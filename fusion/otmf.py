@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foldd.base.layers import AffineLayer
-from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.base.walk import Lane
 from foldd.core.bundle import Checkpoint
@@ -43,7 +42,7 @@ from foldd.fusion.layer_fit import Equations, Sight, damped, drift_map, fit, old
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
-from foldd.fusion.task_vector import task_vector
+from foldd.fusion.task_vector import applied, task_vector
 from foldd.fusion.transport import sinkhorn_divergence
 
 MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
@@ -136,7 +135,7 @@ class _Fold:
         self.moments: dict[str, Tensor] = {}
         both = incoming if self.first else torch.cat([incoming, previous])
         self.teacher, self.before, self.student = (
-            Lane(_sum(base, change), inputs)
+            Lane(applied(base, change), inputs)
             for change, inputs in ((vector, incoming), (state.merged, both), (self.merged, both))
         )
 
@@ -260,11 +259,6 @@ class _Fold:
         previous = self.state.previous
         if previous is not None and previous != task and previous in self.state.heads:
             yield previous, self.state.heads[previous], (student[self.split :], before[self.split :])
-
-
-def _sum(base: Base, vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """θ⁰ + a vector, summed when it is asked for: no copy of the weights is held."""
-    return Lazy(base.weights, lambda name: base.weights[name] + vector[name])
 
 
 def _means(state: MergeState, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:

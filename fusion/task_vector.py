@@ -38,6 +38,11 @@ def task_vector(base: Base, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     return Lazy(base.weights, read)
 
 
+def applied(base: Base, vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """θ⁰ + a vector, summed when it is asked for: no copy of the weights is held."""
+    return Lazy(base.weights, lambda name: base.weights[name] + vector[name])
+
+
 def norm(base: Base, vector: Mapping[str, Tensor]) -> float:
     """L2 norm over all tensors but statistics, whose scale says nothing about the weights; summed in float64."""
     return float(sum(_inner(vector[name]) for name in _compared(base)) ** 0.5)

@@ -19,6 +19,7 @@ from benchmarks.rivals.adamerging import AdaMergingLayer, AdaMergingTask
 from benchmarks.rivals.channel_masks import ChannelMasks
 from benchmarks.rivals.finetune import ContinualFinetuning
 from benchmarks.rivals.joint import JOINT
+from benchmarks.rivals.unfolded import Unfolded
 from foldd.base.network import Base
 from foldd.core.roles import Role
 from foldd.fusion.average import Average
@@ -63,6 +64,7 @@ def _finetuning(bench: Bench) -> FoldMethod:
 
 
 CONTINUAL: dict[str, Callable[[Bench], FoldMethod]] = {
+    "unfolded": lambda _: Unfolded(),
     "average": lambda _: Average(),
     "task-arithmetic": lambda _: TaskArithmetic(),
     "ties": lambda _: Ties(),
@@ -95,8 +97,13 @@ def source_digest(name: str, bench: Bench) -> str:
         settings = repr({field: value for field, value in values.items() if not callable(value)})
         if isinstance(method, OpcmLinear):
             settings, start = settings + inspect.getsource(OpcmLinear), Opcm.__module__
+    return module_digest(start, settings)
+
+
+def module_digest(module: str, settings: str = "") -> str:
+    """Of a module's source and all that it follows, with settings that are no part of them."""
     digest = hashlib.sha256(settings.encode())
-    for path in sorted(set(_sources(start, set()))):
+    for path in sorted(set(_sources(module, set()))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

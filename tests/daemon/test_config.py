@@ -11,7 +11,7 @@ import pytest
 from foldd.core.errors import BadConfig
 from foldd.daemon.config import _all_keys, load_config
 from foldd.daemon.plan import make_plan, stored_plan
-from foldd.daemon.settings import METHOD_TABLES, Fold, Gate, Quantize, Settings
+from foldd.daemon.settings import METHOD_TABLES, Fold, Settings
 
 REFERENCE = Path(__file__).parents[2] / "config.toml"
 
@@ -49,7 +49,7 @@ def test_method_tables_are_the_methods_own_fields(name):
     """Settings are typed without torch; here they are held against the dataclasses that do the work."""
     from foldd.daemon.methods import METHODS, make_method
 
-    plan = stored_plan(make_plan(Fold(method=name), Quantize(), Gate(), "digest", None))
+    plan = stored_plan(make_plan(Settings(fold=Fold(method=name)), "digest", None))
     method = METHODS[name]
     assert plan.options == {field.name: field.default for field in dataclasses.fields(method)}
     assert make_method(name, plan.options) == method()

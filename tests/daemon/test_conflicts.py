@@ -11,7 +11,8 @@ from foldd.core.errors import BadSetup, Held, Refused
 from foldd.daemon.cli import main
 from foldd.daemon.conflicts import decide, find_conflicts
 
-AVERAGE = {"method": "average"}  # two models far from each other harm each other under it
+# Two models far from each other harm each other so, and no head makes up for it.
+HARSH = {"fold": {"method": "average"}, "heads": {"mode": "frozen"}}
 
 
 def gentle_then_rough(box: Box) -> None:
@@ -43,7 +44,7 @@ def test_what_is_decided() -> None:
 
 
 def test_by_default_it_is_folded_and_said(make_box) -> None:
-    box: Box = make_box(gate={"conflict": 0.99}, fold=AVERAGE)
+    box: Box = make_box(gate={"conflict": 0.99}, **HARSH)
     gentle_then_rough(box)
     box.wait_generation(2)
     report = json.loads((box.layout.generation(2) / "report.json").read_text())
@@ -52,7 +53,7 @@ def test_by_default_it_is_folded_and_said(make_box) -> None:
 
 
 def test_a_held_checkpoint_lets_others_pass_and_is_folded_on_a_word(make_box, capsys) -> None:
-    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "hold"}, fold=AVERAGE)
+    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "hold"}, **HARSH)
     gentle_then_rough(box)
     box.wait(lambda: box.status()["held"], "the holding")
     (held,) = box.status()["held"]
@@ -73,7 +74,7 @@ def test_a_held_checkpoint_lets_others_pass_and_is_folded_on_a_word(make_box, ca
 
 
 def test_a_held_checkpoint_can_be_forgotten_and_come_again(make_box) -> None:
-    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "hold"}, fold=AVERAGE)
+    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "hold"}, **HARSH)
     gentle_then_rough(box)
     box.wait(lambda: box.status()["held"], "the holding")
     assert order(box, "forget", box.status()["held"][0]["id"]) == 0
@@ -86,12 +87,12 @@ def test_a_held_checkpoint_can_be_forgotten_and_come_again(make_box) -> None:
 
 def test_what_was_set_aside_is_tried_again_under_other_settings(make_box) -> None:
     """Ordered while no daemon runs: the order waits for its start."""
-    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "refuse"}, fold=AVERAGE)
+    box: Box = make_box(gate={"conflict": 0.99, "on_conflict": "refuse"}, **HARSH)
     gentle_then_rough(box)
     box.wait(box.reasons, "the refusal")
     (arrival,) = box.arrivals("quarantined")
     box.stop()
-    box.configure(gate={"conflict": 0.0}, fold=AVERAGE)
+    box.configure(gate={"conflict": 0.0}, **HARSH)
     assert order(box, "retry", arrival.sha256[:8]) == 0
     box.start()
     box.wait_generation(2)

@@ -262,7 +262,9 @@ def test_damaged_merge_state_stops_folding_and_says_so(make_box):
 
 
 def test_gate_refuses_and_the_last_generation_goes_on_serving(make_box):
-    box: Box = make_box(gate={"conflict": 1.0, "on_conflict": "refuse"}, fold={"method": "average"})
+    box: Box = make_box(
+        gate={"conflict": 1.0, "on_conflict": "refuse"}, fold={"method": "average"}, heads={"mode": "frozen"}
+    )
     box.start()
     box.drop(box.bundle("first", seed=1, scale=0.5, calibration=64))
     box.wait_generation(1)

@@ -1,0 +1,128 @@
+"""What happens to heads after a fold, whatever its method: nothing, alignment without labels, or tuning with them.
+
+A fold moves the features that every head sees. There are three kinds of heads, by what is known of their inputs:
+
+- the **incoming** task's: its inputs and its own model are here. On the merge's features the head is to say what it
+  says on its own model's. Where the bundle has labels, `tuned` moves these targets a step towards them.
+- the **previous** task's: its inputs are still here, and the merge before the fold is the teacher.
+- all **older** ones: nothing is left of their inputs. How features move is seen on the inputs at hand; for others that
+  is a guess, so only a share of the correction is made.
+
+The merge state gets nothing more to keep. docs/heads.md has the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foldd.core.bundle import Checkpoint
+from foldd.fusion.batches import check_finite, features_of
+from foldd.fusion.heads import Fit, moved, prepare, urge
+from foldd.fusion.method import FoldReport
+from foldd.fusion.state import HeadTensors, MergeState, as_tensor
+from foldd.fusion.task_vector import applied, task_vector
+
+Mode = Literal["frozen", "aligned", "tuned"]
+MAX_INPUTS = 256  # of a calibration set, as `otmf` takes
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The settings, chosen on validation images: eight tasks in several orders, two networks.
+
+    Attributes:
+        mode: `frozen` leaves every head as it came, `aligned` uses no labels, `tuned` those of the incoming bundle.
+        pull: how many inputs the old head's word counts as.
+        drift: share of their correction that older heads get.
+        labels: how far `tuned` moves the targets, in units of the logits' spread.
+    """
+
+    mode: Mode = "aligned"
+    pull: float = 96.0
+    drift: float = 0.2
+    labels: float = 0.2
+
+    def after_fold(
+        self, before: MergeState, checkpoint: Checkpoint, after: MergeState, report: FoldReport
+    ) -> tuple[MergeState, FoldReport]:
+        """The state after a fold with its heads moved, and the report with how far; as deterministic as a fold.
+
+        Held beside both states: one network's activations, and features.
+
+        Args:
+            before, after: the states around the fold; neither is changed.
+
+        Raises:
+            BadCheckpoint: `features-not-finite`.
+        """
+        if self.mode == "frozen":
+            return after, report
+        moves = _Moves(after.heads)
+        seen = [
+            *self._incoming(moves, before, checkpoint, after),
+            *self._previous(moves, before, checkpoint.task, after),
+        ]
+        older = [task for task in after.heads if task not in moves.by and task != checkpoint.task]
+        if seen and older and self.drift:
+            was, now = (torch.cat(features) for features in zip(*seen, strict=True))
+            fit = prepare(now, self.pull)
+            for task in older:
+                moves.make(task, fit, after.heads[task].logits(was.double()), self.drift)
+        warnings = report.warnings + self._warnings(before, checkpoint)
+        return replace(after, heads=moves.heads), replace(report, heads=moves.by, warnings=warnings)
+
+    def _incoming(
+        self, moves: _Moves, before: MergeState, checkpoint: Checkpoint, after: MergeState
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Moves the incoming task's head; the old and the new merge's features of its inputs, if there are both."""
+        if checkpoint.inputs is None:
+            return []
+        base, task = before.base, checkpoint.task
+        inputs = as_tensor(checkpoint.inputs[:MAX_INPUTS])
+        own = features_of(base, applied(base, task_vector(base, checkpoint)), inputs)
+        now = features_of(base, applied(base, after.merged), inputs)
+        check_finite(task, own, now)
+        targets = after.heads[task].logits(own.double())
+        if self.mode == "tuned" and checkpoint.labels is not None:
+            targets = urge(targets, as_tensor(checkpoint.labels[:MAX_INPUTS]), self.labels)
+        moves.make(task, prepare(now, self.pull), targets)
+        return [(features_of(base, applied(base, before.merged), inputs), now)] if before.count else []
+
+    def _previous(
+        self, moves: _Moves, before: MergeState, incoming: str, after: MergeState
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Moves the previous task's head; the old and the new merge's features of its inputs, if it left any."""
+        if before.calibration is None:
+            return []
+        inputs = before.calibration[:MAX_INPUTS]
+        was, now = (features_of(before.base, applied(before.base, s.merged), inputs) for s in (before, after))
+        check_finite(incoming, was, now)
+        task = before.previous
+        if task in after.heads and task != incoming:
+            moves.make(task, prepare(now, self.pull), after.heads[task].logits(was.double()))
+        return [(was, now)]
+
+    def _warnings(self, before: MergeState, checkpoint: Checkpoint) -> tuple[str, ...]:
+        task = checkpoint.task
+        if checkpoint.inputs is None:
+            return (f"{task} brings no calibration inputs: its head stays as it came.",) if before.count else ()
+        if self.mode == "tuned" and checkpoint.labels is None:
+            return (f"{task} brings no labels: its head is aligned, and not tuned.",)
+        return ()
+
+
+class _Moves:
+    """Heads after a fold, some of them moved, and by how much."""
+
+    def __init__(self, heads: dict[str, HeadTensors]) -> None:
+        self.heads = dict(heads)
+        self.by: dict[str, float] = {}
+
+    def make(self, task: str, fit: Fit, targets: Tensor, share: float = 1.0) -> None:
+        old = self.heads[task]
+        self.heads[task] = fit.move(old, targets, share)
+        self.by[task] = moved(old, self.heads[task], fit.features)

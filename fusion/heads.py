@@ -1,0 +1,99 @@
+"""Moving a head after features that moved: ridge regression of its logits, shrunk to the head, in closed form.
+
+A head W·f + b was made for features that a fold has changed. On inputs at hand it is known what it should say (its
+teacher's logits) and what it says now. Head and teacher being linear in the features, the ridge from new features to
+old ones, shrunk to the identity, and the ridge from new features to old logits, shrunk to the head, give the same
+head; the second needs no matrix of the features' size. With a few dozen inputs for hundreds of directions all is in
+the shrinking: the inputs' mean shift is taken back almost whole, other directions as far as inputs speak for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foldd.fusion.state import HeadTensors
+
+_FLOOR = 1e-12  # of the features' energy: a single input, or inputs that all give the same features
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Features at hand, made ready to move any number of heads; all float64.
+
+    Attributes:
+        features: as they are now, [n, width].
+        mean: of the features, [width].
+        directions: [n, width]: how the weights of a class move for each input whose logit is one too low.
+        shift: part of the mean shift of the logits that is taken back.
+    """
+
+    features: Tensor
+    mean: Tensor
+    directions: Tensor
+    shift: float
+
+    def move(self, head: HeadTensors, targets: Tensor, share: float = 1.0) -> HeadTensors:
+        """The head that says `targets` [n, classes] on the features, as far as the pull to `head` allows.
+
+        It minimises Σ‖(W + D)·f + b + e − t‖² + pull·(g·‖D‖² + ‖b + e + D·f̄ − b‖²/width) over D and e, with g the mean
+        energy of a feature: the mean shift is a feature that has the energy of all the others.
+
+        Args:
+            targets: what the head should say, in logits.
+            share: how much of the change is made; 0 is the head as it was.
+        """
+        weight, bias = head.weight.double(), head.bias.double()
+        missed = targets.double() - (self.features @ weight.T + bias)
+        shift = missed.mean(0)
+        change = share * ((missed - shift).T @ self.directions)
+        lift = share * self.shift * shift - change @ self.mean
+        return HeadTensors((weight + change).float(), (bias + lift).float())
+
+
+def prepare(features: Tensor, pull: float) -> Fit:
+    """Prepares features [n, width] for moving heads.
+
+    Solved among inputs and not among features, n × n: with hundreds of inputs at most, its cost does not depend on
+    the network.
+
+    Args:
+        pull: how many inputs the old head's word counts as; above 0.
+    """
+    features = features.double()
+    count, width = features.shape
+    mean = features.mean(0)
+    centred = features - mean
+    products = centred @ centred.T
+    energy = float(products.diagonal().mean()) / width  # of one feature, in the mean
+    products.diagonal().add_(pull * max(energy, _FLOOR))
+    directions = torch.linalg.solve(products, centred)
+    return Fit(features, mean, directions, 1 / (1 + pull / (count * width)))
+
+
+def urge(logits: Tensor, labels: Tensor, step: float) -> Tensor:
+    """Logits [n, classes], moved to what labels [n] say: a step down the cross-entropy's gradient; float64.
+
+    Where the teacher is right and sure nothing changes, and however wrong it is, no logit moves by more than the step.
+
+    Args:
+        step: in units of the logits' spread over classes.
+    """
+    logits = logits.double()
+    truth = F.one_hot(labels, logits.shape[1]).double()
+    return logits + step * spread(logits) * (truth - logits.softmax(1))
+
+
+def spread(logits: Tensor) -> float:
+    """Root mean square of logits [n, classes] about each input's mean: what they have to tell classes apart with."""
+    return float((logits.double() - logits.double().mean(1, keepdim=True)).square().mean().sqrt())
+
+
+def moved(old: HeadTensors, new: HeadTensors, features: Tensor) -> float:
+    """How far a head moved: the spread of its logits' change on features [n, width], as a share of their spread."""
+    before, after = (head.logits(features.double()) for head in (old, new))
+    scale = spread(before)
+    return spread(after - before) / scale if scale else 0.0
