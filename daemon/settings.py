@@ -139,7 +139,7 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Literal["float", "w8a8", "w4a8", "w8", "w4"] = "float"
+    format: Literal["float", "w8a8", "w4a8", "w8", "w4"] = "w8a8"
     effort: Literal["fast", "paper"] | Annotated[float, Meta(gt=0)] = "fast"
     state: Literal["float", "quantized"] = "float"
 

@@ -52,6 +52,7 @@ class Box:
             "state": {"directory": "state"},
             "intake": {"settle_seconds": 0.2, "rescan_seconds": 1, "incomplete_seconds": 1},
             "fold": {"threads": 1},
+            "quantize": {"format": "float"},
         }
         merged = quick | {name: quick.get(name, {}) | table for name, table in tables.items()}
         self.config_path.write_text("".join(_toml(name, table) for name, table in merged.items()))

@@ -37,6 +37,9 @@ head = "fc" # its input is the feature output
 method = "otmf"
 threads = 1 # so small a network gains nothing from more, and loses where others want the cores
 
+[quantize]
+format = "w8a8" # weights and activations in 8 bits: a quarter of the size
+
 [intake]
 settle_seconds = 0.2 # the demo drops whole files by rename
 """
