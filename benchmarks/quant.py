@@ -6,6 +6,8 @@ Parts, each a list of rows:
 - `merged`: models that are quantized each by itself and then merged as integers; harmonic mean over their tasks.
 - `device`: artifacts in onnxruntime: bytes, and CPU time of one inference beside the float artifact, interleaved.
 - `ablation`: noise and pull, one after the other, at W3A3, merged (the paper's table 3).
+- `effort`: accuracy by iterations, W4A8.
+- `cost`: seconds and peak RSS of a quantization, on the large base too.
 
 Methods other than `float` and `ort-static` share one frame (benchmarks/rivals/rounding.py); all that learn have the
 same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the published form on that
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +29,21 @@ import numpy as np
 import torch
 
 from benchmarks.bench_data import CORE8
+from benchmarks.fold_cost_data import make_base
+from benchmarks.quant_cost import cost_rows
 from benchmarks.quant_merged import harmonic, merged_rows, merged_scores, paired
 from benchmarks.quant_models import Cache, Subjects, quantizer
 from benchmarks.quant_onnx import artifacts, device_rows
-from benchmarks.report import add_data, finish, now, options, say
+from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from foldd.core.bundle import Head
+from foldd.quantize.hdrq import as_shipped
 
 BITS = ("w8a8", "w8a4", "w4a8", "w6a6", "w4a4", "w3a3")
 METHODS = ("minmax", "mse", "adaround", "qdrop", "hdrq", "shipped")
-PARTS = ("device", "single", "merged", "ablation")
+PARTS = ("device", "single", "merged", "ablation", "effort", "cost")
+EFFORTS = (0, 20, 50, 100, 300)
+COSTS = (0, 100)
+LARGE_COSTS = (0, 1)  # iterations of the large base: what more takes follows
 MERGED = {"cnn": ("art", "cartoon", "sketch"), "vit": ("mnist", "notmnist")}
 
 
@@ -50,6 +59,8 @@ def main() -> int:
                 say(f"{name} {part}")
                 made = list(PART[part](arguments, name, folder, cache))
                 rows += [{"part": part, **row} for row in made]
+        if arguments.plots is not None:
+            _plots(arguments, Path(temporary))
     finish("quant", rows, arguments.json, started)
     return 0
 
@@ -139,7 +150,52 @@ def _device(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache
     yield from device_rows(name, made, subjects.draw(first, 1).numpy(), f"logits/{first.name}")
 
 
-PART = {"single": _single, "merged": _merged, "ablation": _ablation, "device": _device}
+def _effort(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    tasks = arguments.tasks[:3]
+    subjects = Subjects(arguments.data, name, tasks, arguments.split, folder)
+    models = [subjects.subject(arguments.data / name / f"{task}.safetensors", task) for task in tasks]
+    floats = [float(subjects.float_hits(model.weights, model).mean()) for model in models]
+    for iterations in EFFORTS:
+        how, scores, seconds = as_shipped(4, 8, iterations), [], []
+        for model in models:
+            started = time.process_time()
+            quantized = subjects.quantize(how, model, subjects.draw(model, 0), 0)
+            seconds.append(time.process_time() - started)
+            scores.append(float(subjects.hits(quantized, model).mean()))
+        yield {
+            "base": name, "method": "shipped", "bits": "w4a8", "merged": None, "iterations": iterations,
+            "accuracy": float(np.mean(scores)), "cpu_seconds": float(np.mean(seconds)), **paired(scores, floats),
+        }  # fmt: skip
+
+
+def _cost(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
+    Subjects(arguments.data, name, arguments.tasks[:1], arguments.split, folder)  # leaves the base there
+    bases = {name: (folder, COSTS)}
+    if name == arguments.bases[-1]:  # once
+        large = folder.parent / "vit-b32"
+        make_base(large)
+        bases["vit-b32"] = (large, LARGE_COSTS)
+    yield from cost_rows(bases)
+
+
+def _plots(arguments: argparse.Namespace, folder: Path) -> None:
+    from benchmarks.quant_plots import draw_spread, draw_surfaces, loss_surface, noise_spread
+
+    for name in arguments.bases:
+        subjects, models = _to_merge(arguments, name, folder / f"{name}-plots")
+        surfaces, spreads = {}, {}
+        for method in ("qdrop", "hdrq"):
+            how, _ = quantizer(method, "w4a8", arguments.iterations)
+            quantized = [subjects.quantize(how, model, subjects.draw(model, 0), 0) for model in models[:2]]
+            surfaces[method] = loss_surface(subjects, models[0], quantized[0])
+            spreads[method] = noise_spread(subjects, models[:2], quantized)
+        draw_surfaces(arguments.plots / f"loss-{name}.png", surfaces)
+        draw_spread(arguments.plots / f"noise-{name}.png", spreads)
+
+
+PART = {
+    "single": _single, "merged": _merged, "ablation": _ablation, "device": _device, "effort": _effort, "cost": _cost,
+}  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:
@@ -154,6 +210,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", default=100, type=int, help="of reconstruction, a block")
     parser.add_argument("--draws", default=5, type=int, help="of calibration images, for what is merged")
     arguments = parser.parse_args()
+    prepare_plots(parser, arguments.plots, "matplotlib")
     if arguments.quick:
         arguments.tasks, arguments.bits, arguments.draws, arguments.iterations = (
             list(CORE8[:2]),
