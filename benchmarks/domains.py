@@ -152,7 +152,7 @@ def _rows(base: str, scores: dict[str, dict[str, Scored]], held_out: str) -> lis
             "accuracy_in_domain": float(accuracy[1]),
         }  # fmt: skip
         if REFERENCE in methods and method != REFERENCE:
-            low, high = _interval(
+            low, high = bootstrap_interval(
                 [each[method].unseen - each[REFERENCE].unseen.astype(float) for each in scores.values()]
             )
             reference = np.mean([each[REFERENCE].accuracy[0] for each in scores.values()])
@@ -161,7 +161,7 @@ def _rows(base: str, scores: dict[str, dict[str, Scored]], held_out: str) -> lis
     return rows
 
 
-def _interval(differences: Sequence[np.ndarray]) -> tuple[float, float]:
+def bootstrap_interval(differences: Sequence[np.ndarray]) -> tuple[float, float]:
     """95 % of bootstrap means; images are drawn anew within each domain, domains count alike."""
     random = np.random.RandomState(0)
     means = np.mean(
