@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from captured import Chain, Dense, SequenceFirst, Split, folded, inputs, known, seeded
@@ -12,6 +14,7 @@ KINDS = {"chain": Chain, "dense": Dense, "split": Split, "sequence-first": Seque
 ALL = ["residual", "attention", "with_head", *KINDS]
 
 
+@cache
 def network(name):
     return folded(seeded(KINDS[name])) if name in KINDS else known(name)
 
