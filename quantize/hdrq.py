@@ -217,7 +217,7 @@ class _Run:
             "iterations": 0 if how.descent is None or not self._losses else how.descent.iterations,
             "losses": {name: list(pair) for name, pair in self._losses.items()},
         }  # fmt: skip
-        floats = {name: t.numpy() for name, t in self._weights.items() if name not in self._done}
+        floats = {name: self._weights[name].numpy() for name in self._weights if name not in self._done}
         activations = {key: ranges[place.key] for place in self._places for key in place.keys if place.key in ranges}
         return QuantizedModel(dict(self._done), floats, activations, report)
 

@@ -136,7 +136,7 @@ def reconstruct(
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        last = float(error)
+        last = float(error.detach())
         first = last if i == 0 else first
         progress((i + 1) / descent.iterations)
     return first, last
