@@ -7,11 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from captured import inputs
+from captured import IMAGE, Dense, SequenceFirst, Split, inputs, seeded
 from quantized_kit import simulate
 
 from foldd.base.batch_norm import fold_norms
-from foldd.base.store import open_base, open_skeleton
+from foldd.base.load import capture
+from foldd.base.store import open_base, open_skeleton, store_base
 from foldd.export.audit import audit_artifact
 from foldd.export.parity import run_artifact, signal_to_noise
 from foldd.export.quantized import build_quantized_artifact
@@ -92,3 +93,22 @@ def test_the_number_of_inputs_does_not_matter(quantized):
     assert whole.shape == (70, 16)
     assert signal_to_noise(parts.numpy(), whole.numpy()) > 45
     assert not whole.requires_grad
+
+
+@pytest.mark.parametrize("kind", [Split, SequenceFirst, Dense])
+def test_odd_networks_become_artifacts_too(tmp_path, kind):
+    """Split values, tokens before the batch, long skips: from the captured program to integer kernels."""
+    store_base(tmp_path / "base", capture(seeded(kind), IMAGE))
+    base, x = open_base(tmp_path / "base"), inputs(70)
+    arrays = fold_norms({n: t.numpy() for n, t in base.weights.items()}, base.folded.rules)
+    weights = {n: torch.from_numpy(a) for n, a in arrays.items()}
+    ranges = choose_ranges(base.folded, observe_network(base.folded, weights, x), 8)
+    model = as_shipped(8, 8, 3).quantize(base.folded, weights, None, ranges, x, seed=0)
+    target = tmp_path / "model.onnx"
+    build_quantized_artifact(open_skeleton(tmp_path / "base")[0], model, {}, target, metadata={})
+    expected = simulated_features(base.folded, model, x).numpy()
+    for optimised, least in ((False, 40), (True, 33)):
+        actual = run_artifact(target, x.numpy(), ["features"], optimised=optimised)["features"]
+        assert signal_to_noise(actual, expected) > least
+    # Of a linear layer behind one concatenation and before another, onnxruntime 1.31 makes no integer kernel.
+    assert set(audit_artifact(target).left_float) <= ({"layers.8.weight"} if kind is Dense else set())
