@@ -55,7 +55,7 @@ def test_the_captured_network_is_left_as_it_was():
 
 
 def test_layers_are_linear_ones_and_convolutions_with_a_weight_of_their_own():
-    network, weights = known("residual")
+    network, _ = known("residual")
     names = [(layer.weight, layer.bias, layer.is_convolution) for layer in network.layers]
     assert names == [
         ("stem.weight", "stem.bias", True),  # the bias came with its BatchNorm
@@ -70,7 +70,7 @@ def test_layers_are_linear_ones_and_convolutions_with_a_weight_of_their_own():
 def test_hooks_change_what_one_layer_takes_and_what_all_take():
     """Against the same arithmetic by hand: `conv` and `shortcut` both take what the first ReLU gives."""
     network, w = known("residual")
-    x, (stem, conv, shortcut) = inputs(3), network.layers
+    x, (_, conv, shortcut) = inputs(3), network.layers
 
     def by_hand(taken_by_conv, after_relu):
         y = after_relu(F.relu(F.conv2d(x, w["stem.weight"], w["stem.bias"], 2, 1)))

@@ -183,9 +183,10 @@ def test_a_strong_pull_leaves_weights_nearer_to_the_base():
 
 
 def test_the_pull_needs_a_base():
-    assert content(quantize("residual", as_published(4, None, 5)))[0] == content(
-        quantize("residual", replace(as_published(4, None, 5), pull=0.0), base=network("residual")[1])
-    )[0]
+    assert (
+        content(quantize("residual", as_published(4, None, 5)))[0]
+        == content(quantize("residual", replace(as_published(4, None, 5), pull=0.0), base=network("residual")[1]))[0]
+    )
 
 
 def test_a_published_run_learns_from_noise():

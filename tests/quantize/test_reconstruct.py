@@ -98,7 +98,7 @@ def test_progress_is_told_after_each_iteration():
 
 def test_the_loss_is_the_squared_error_summed_over_channels():
     """Of one input, so that nothing is drawn; in float64."""
-    network, w, block = residual()
+    _, w, _ = residual()
     x, targets = inputs(1, shape=(8, 4, 4)), torch.randn(1, 12, generator=generator(3))
     wide = {n: t.double() for n, t in w.items()}
     left = F.conv2d(x.double(), wide["conv.weight"], wide["conv.bias"], 1, 1)
@@ -110,7 +110,7 @@ def test_the_loss_is_the_squared_error_summed_over_channels():
 
 
 def test_channels_of_an_image_are_its_second_axis():
-    network, w, block = residual()
+    network, w, _ = residual()
     (stem,) = find_blocks(network)[0].layers
     stretch = Stretch(network, network.entry, find_blocks(network)[0].nodes, Ranges((), {}))
     x, targets = inputs(1), torch.zeros(1, 8, 4, 4)
@@ -141,7 +141,7 @@ def test_dropping_chooses_between_the_quantized_and_the_float_input(drop, used):
 
 def test_ranges_are_learned_but_for_what_is_always_dropped():
     """Steps move, zero points and bits do not, and neither do ranges of other blocks."""
-    network, w, block = residual()
+    network, w, _ = residual()
     given = ranges_of(network, w)
     *_, kept, _ = learn(Descent(5, drop=1.0), ranges=given)
     for key, r in kept.result().items():

@@ -188,7 +188,7 @@ def test_noise_is_drawn_from_the_rounding_errors(kind):
     }[kind]
     step = torch.tensor(0.05)
     values = (base + offset) * step
-    errors = ((rounded(values, step, -8, 7) - values.double().numpy())) / float(step)
+    errors = (rounded(values, step, -8, 7) - values.double().numpy()) / float(step)
     noise = noise_of(values, step, -8, 7)
     critical = 1.95 * np.sqrt(2 / len(base))  # at 0.1 %
     assert largest_gap(np.round(noise, 4), np.round(errors, 4)) < critical
