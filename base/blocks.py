@@ -9,6 +9,7 @@ cut, and neither is a sequence whose tokens come first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import SymInt, Tensor
 from torch.fx import Node
@@ -77,10 +78,11 @@ def batch_axis(node: Node) -> int:
 
 def _batch_first(node: Node, entry: Node) -> bool:
     """Whether a node's value is a tensor with one row for each input."""
-    value, batch = node.meta.get("val"), entry.meta["val"].shape[0]
-    if not isinstance(value, Tensor) or not value.dim() or not isinstance(value.shape[0], SymInt):
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.dim():
         return False
-    return bool(value.shape[0].node.expr == batch.node.expr)
+    rows: Any = value.shape[0]
+    return isinstance(rows, SymInt) and bool(rows.node.expr == entry.meta["val"].shape[0].node.expr)
 
 
 def _alone(moving: list[Node]) -> list[bool]:

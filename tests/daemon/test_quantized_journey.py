@@ -173,13 +173,14 @@ def run(model, x, *outputs):
 
 def test_histograms_cover_every_task_and_do_not_grow(make_folder):
     """One share a task; the first task's activations, four times as wide, still count when its inputs are gone."""
-    folder, sizes, shares = make_folder("residual"), [], []
+    folder, sizes, shares, kept = make_folder("residual"), [], [], []
     scaled = folder.box.folder / "made" / "loud.safetensors"
     for seed, task in enumerate(("alpha", "beta", "gamma")):
         bundle = folder.box.bundle(task, seed=seed, calibration=32)
         if task == "alpha":
             bundle = with_inputs(bundle, scaled, 4)
         folder.fold(bundle)
+        kept.append(folder.histograms)
         sizes.append(sum(tensor.numel() for tensor in folder.histograms.values()))
         shares.append({round(float(tensor[2:].double().sum()), 4) for tensor in folder.histograms.values()})
     assert len(set(sizes)) == 1
@@ -188,6 +189,9 @@ def test_histograms_cover_every_task_and_do_not_grow(make_folder):
     assert folder.histograms.keys() == {place.key for place in places}
     own = open_bundle(folder.box.folder / "made" / "gamma.safetensors", folder.base.spec).inputs
     narrow = observe_network(folder.base.folded, dict(folded(folder)), torch.from_numpy(own))
+    for key, before in kept[1].items():
+        added = folder.histograms[key] - before
+        torch.testing.assert_close(added[2:], narrow[key][2:], atol=1e-5, rtol=0, msg="what the last task showed")
     first = places[0].key
     assert float(folder.histograms[first][1]) > 2.5 * float(narrow[first][1])
     loud = open_bundle(scaled, folder.base.spec).inputs

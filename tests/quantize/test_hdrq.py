@@ -18,6 +18,7 @@ from foldd.quantize.calibrate import choose_ranges, observe_network
 from foldd.quantize.descent import Descent
 from foldd.quantize.hdrq import PIECE, Hdrq, as_published, as_shipped
 from foldd.quantize.places import find_places
+from foldd.quantize.reconstruct import reconstruct
 from foldd.quantize.simulate import simulated_features
 from foldd.quantize.steps import best_step, nearest_codes
 
@@ -274,3 +275,45 @@ def test_descents_of_their_own():
     model = quantize("residual", how)
     assert model.report["iterations"] == 30
     assert content(model)[0] != content(quantize("residual", replace(how, descent=Descent(30, batch=8, drop=0.0))))[0]
+
+
+@pytest.mark.parametrize("most", [8, 0])
+def test_blocks_learn_from_what_really_reaches_them(monkeypatch, most):
+    """Float inputs and targets are the float network's; quantized inputs come through all that was rounded before,
+    with the ranges that were learned there. At `most` = 0 for each layer by itself."""
+    monkeypatch.setattr("foldd.base.blocks.MAX_LAYERS", most)
+    made, w = network("attention")
+    seen, x = [], inputs(PIECE + 6)
+
+    def record(stretch, layers, roundings, weights, quantized, plain, targets, *rest):
+        seen.append((stretch.entry, stretch.nodes[-1], quantized, plain, targets))
+        return reconstruct(stretch, layers, roundings, weights, quantized, plain, targets, *rest)
+
+    monkeypatch.setattr("foldd.quantize.hdrq.reconstruct", record)
+    model = quantize("attention", as_shipped(3, 8, 4), x=x)
+    assert len(seen) == (3 if most else 5)
+    exact, rounded = {made.entry: x}, {made.entry: x}
+    with torch.no_grad():
+        made.run(made.body, exact, w)
+        done = {n: torch.from_numpy(q.values()) for n, q in model.weights.items()}
+        places = find_places(made)
+        everywhere = {p.node: model.activations[p.key] for p in places if p.everywhere}
+        at_layers = {p.node: model.activations[p.key] for p in places if not p.everywhere}
+
+        def coarse(values, given):
+            if given is None:
+                return values
+            return torch.fake_quantize_per_tensor_affine(values, given.step, given.zero_point, 0, 255)
+
+        made.run(
+            made.body, rounded, w | done,
+            before=lambda layer, v: coarse(v, at_layers.get(layer.source)),
+            after=lambda node, v: coarse(v, everywhere.get(node)),
+        )  # fmt: skip
+    for entry, end, quantized, plain, targets in seen:
+        torch.testing.assert_close(plain, exact[entry], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(targets, exact[end], rtol=1e-4, atol=1e-5)
+        # A code may round to the other side here and there.
+        assert (quantized - rounded[entry]).square().mean() < 1e-3 * rounded[entry].square().mean()
+        if entry is not made.entry:
+            assert (quantized - exact[entry]).square().mean() > 4 * (quantized - rounded[entry]).square().mean()

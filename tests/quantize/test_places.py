@@ -67,7 +67,7 @@ class Sums(nn.Module):
 
     def forward(self, x):
         shifted, twice = self.a(x) + self.shift, self.b(x)
-        return (F.relu(shifted) + torch.tanh(twice) + (twice + self.c(x))).mean((2, 3))
+        return ((twice + self.c(x)) + torch.tanh(twice) + F.relu(shifted)).mean((2, 3))
 
 
 def test_a_sum_is_of_activations_and_the_layers_only_user():
