@@ -1,13 +1,17 @@
 """Cutting a network into blocks that can be looked at one after the other.
 
 A cut is a place where a single activation crosses the graph: parameters and sizes do not count. So a block begins with
-one value and ends with one, a residual connection lies inside, and no names need to be known.
+one value and ends with one, a residual connection lies inside, and no names need to be known. The value is a tensor
+with the batch as its first axis, so that inputs can be drawn from what a block gave: the halves of a split value are no
+cut, and neither is a sequence whose tokens come first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import SymInt, Tensor
 from torch.fx import Node
 
 from foldd.base.folded import FoldedLayer, FoldedNetwork
@@ -46,7 +50,7 @@ def find_blocks(network: FoldedNetwork) -> tuple[Block, ...]:
     pieces: list[list[Node]] = [[]]
     for node, alone in zip(moving[1:], _alone(moving)[1:], strict=True):
         pieces[-1].append(node)
-        if alone:
+        if alone and _batch_first(node, moving[0]):
             pieces.append([])
     if not pieces[-1]:
         pieces.pop()
@@ -65,6 +69,20 @@ def find_blocks(network: FoldedNetwork) -> tuple[Block, ...]:
         blocks.append(Block(entry, tuple(piece), inside, len(inside) <= MAX_LAYERS))
         entry = piece[-1]
     return tuple(blocks)
+
+
+def batch_axis(node: Node) -> int:
+    """The axis of a tensor whose length depends on how many inputs there are."""
+    return next((i for i, length in enumerate(node.meta["val"].shape) if isinstance(length, SymInt)), 0)
+
+
+def _batch_first(node: Node, entry: Node) -> bool:
+    """Whether a node's value is a tensor with one row for each input."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.dim():
+        return False
+    rows: Any = value.shape[0]
+    return isinstance(rows, SymInt) and bool(rows.node.expr == entry.meta["val"].shape[0].node.expr)
 
 
 def _alone(moving: list[Node]) -> list[bool]:

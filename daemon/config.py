@@ -40,7 +40,7 @@ class Config:
     @property
     def digest(self) -> str:
         """SHA-256 over the settings that decide what a fold computes and whether it is published."""
-        decisive = {"fold": self.settings.fold, "gate": self.settings.gate}
+        decisive = {"fold": self.settings.fold, "quantize": self.settings.quantize, "gate": self.settings.gate}
         return hashlib.sha256(msgspec.json.encode(decisive, order="sorted")).hexdigest()
 
 

@@ -17,7 +17,9 @@ SUPERVISOR_POINTS = (
     "commit.generation-placed", "commit.committed", "commit.current-pointed", "publish.announced", "publish.marked",
     "quarantine.marked", "quarantine.moved",
 )  # fmt: skip
-WORKER_POINTS = ("verify", "fold.before", "fold.middle", "fold.after", "export.written", "gate", "stage.written")
+WORKER_POINTS = (
+    "verify", "fold.before", "fold.middle", "fold.after", "quantize", "export.written", "gate", "stage.written",
+)  # fmt: skip
 
 
 def crash_point(name: str, root: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foldd.base.blocks import Block, find_blocks
+from foldd.base.blocks import Block, batch_axis, find_blocks
 from foldd.base.folded import FoldedLayer, FoldedNetwork
 from foldd.base.lazy import over
 from foldd.core.quantized import ActivationRange, QuantizedModel, QuantizedTensor
@@ -194,9 +194,10 @@ class _Run:
                 if until:
                     walk = Stretch(self._network, block.entry, until, self._ranges)
                     still = Stretch(self._network, block.entry, until, no_ranges)
+                    axis = batch_axis(layer.source)  # tokens may come first; what a linear layer does is the same
                     reached = (
-                        _pieces(walk, quantized, self._rounded(block.layers[:i])),
-                        _pieces(still, plain, self._weights),
+                        _pieces(walk, quantized, self._rounded(block.layers[:i]), axis).movedim(axis, 0),
+                        _pieces(still, plain, self._weights, axis).movedim(axis, 0),
                     )
                 targets = _pieces(
                     Stretch(self._network, layer.source, (layer.node,), no_ranges), reached[1], self._weights
@@ -218,10 +219,11 @@ class _Run:
             "iterations": 0 if how.descent is None or not self._losses else how.descent.iterations,
             "losses": {name: list(pair) for name, pair in self._losses.items()},
         }  # fmt: skip
-        floats = {name: t.numpy() for name, t in self._weights.items() if name not in self._done}
+        floats = {name: self._weights[name].numpy() for name in self._weights if name not in self._done}
         activations = {key: ranges[place.key] for place in self._places for key in place.keys if place.key in ranges}
         return QuantizedModel(dict(self._done), floats, activations, report)
 
 
-def _pieces(stretch: Stretch, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([stretch.run(piece, weights) for piece in torch.split(inputs, PIECE)])
+def _pieces(stretch: Stretch, inputs: Tensor, weights: Mapping[str, Tensor], axis: int = 0) -> Tensor:
+    """What comes out for all inputs, `PIECE` at a time; `axis`: along which it holds them."""
+    return torch.cat([stretch.run(piece, weights) for piece in torch.split(inputs, PIECE)], axis)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldd.core.quantized import ActivationRange
 
-_PER_OCTAVE, _LOWEST, _HIGHEST = 8, -20, 12  # magnitudes 2⁻²⁰ … 2¹²; beyond them the outermost bins
+_PER_OCTAVE, _LOWEST, _HIGHEST = 8, -20, 20  # magnitudes 2⁻²⁰ … 2²⁰; beyond them the outermost bins
 BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
 SIZE = 3 + 2 * BINS  # smallest value, largest value, share of zeros, negative bins, positive bins
 _INSIDE = 8  # points that stand for a bin: at 8 bits, a bin near the top is many steps wide
@@ -53,6 +53,8 @@ def best_range(histogram: Tensor, bits: int) -> ActivationRange:
     low, high = min(0.0, float(histogram[0])), max(0.0, float(histogram[1]))
     values, shares = _points(histogram)
     best, least = _range(low, high, bits), float("inf")
+    if max(-low, high) > 2.0**_HIGHEST or not len(values):
+        return best  # off the scale: nothing is known that a narrower range could be chosen by
     for low_share in _LOW_SHARES if low < 0 < high else (1.0,):
         for share in _SHARES:
             candidate = _range(low * low_share * share, high * share, bits)

@@ -14,6 +14,7 @@ from torch import Tensor
 _EXPONENT = 2.4  # of the error that a step is chosen by: MSE would clip too little, as BRECQ and its heirs found
 _SHARES = tuple(i / 50 for i in range(10, 51))  # of the largest magnitude, tried as the range
 _FLOOR = 1 / 1024  # of the layer's largest step: a dead channel's would be 0, and its bias in steps endless
+_NOTHING = 2.0**-16  # the step of a weight of zeros: no scale is known, and its bias must fit too
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -30,7 +31,9 @@ def largest_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
     """The step whose range holds the largest magnitude: [channels] or []."""
     magnitude = weight.abs().flatten(1).amax(1) if per_channel else weight.abs().amax()
     step = magnitude / code_range(bits)[1]
-    return step.clamp_min(float(step.max()) * _FLOOR).clamp_min(torch.finfo(torch.float32).tiny)
+    if not step.any():
+        return torch.full_like(step, _NOTHING)
+    return step.clamp_min(float(step.max()) * _FLOOR)
 
 
 def best_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
@@ -59,14 +62,15 @@ def fake_quantize(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
 
 def noisy(values: Tensor, step: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """w + ε in place of the quantized ŵ, ε drawn from the errors w − ŵ of the whole tensor, in steps (equation 9).
+    """w + ε in place of the quantized ŵ, ε drawn from the errors ŵ − w of the whole tensor, in steps (equation 9).
 
-    What lies outside the range is clipped to it, as quantizing would; its errors may be drawn too, for they are few.
+    What lies outside the range is clipped to it, as quantizing would. Its error would be many steps; drawn for others
+    it would be no rounding noise, so the error that it lends is that of a range without end.
     """
     with torch.no_grad():
         scaled = values / step
         inside = (scaled > low) & (scaled < high)
-        errors = (scaled.round().clamp_(low, high) - scaled).flatten()
+        errors = (scaled.round() - scaled).flatten()
         noise = errors[torch.randint(len(errors), errors.shape, generator=generator)].reshape(values.shape)
         bound = scaled.clamp(low, high)
     return torch.where(inside, values + noise * step, bound * step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 class Residual(nn.Module):
     """Images [n, 1, 8, 8] → features [n, 12]; convolutions with and without bias, BatchNorm, a shortcut."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 8, outer: int = 12) -> None:
         super().__init__()
-        self.stem, self.bn = nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
-        self.conv, self.norm = nn.Conv2d(8, 12, 3, 1, 1), nn.BatchNorm2d(12)
-        self.shortcut = nn.Conv2d(8, 12, 1, bias=False)
+        self.stem, self.bn = nn.Conv2d(1, inner, 3, 2, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv, self.norm = nn.Conv2d(inner, outer, 3, 1, 1), nn.BatchNorm2d(outer)
+        self.shortcut = nn.Conv2d(inner, outer, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.stem(x)))
@@ -72,7 +74,7 @@ def _lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _seeded(kind: type[nn.Module]) -> nn.Module:
+def _seeded(kind: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return _lively(kind())
@@ -80,6 +82,11 @@ def _seeded(kind: type[nn.Module]) -> nn.Module:
 
 def residual() -> nn.Module:
     return _seeded(Residual)
+
+
+def wide() -> nn.Module:
+    """`Residual` with so many weights that they are most of an artifact: features [n, 64]."""
+    return _seeded(lambda: Residual(32, 64))
 
 
 def attention() -> nn.Module:
