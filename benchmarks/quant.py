@@ -94,11 +94,9 @@ def _single(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache
 
 def _merged(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
     subjects, models = _to_merge(arguments, name, folder)
-    for count in range(2, len(models) + 1):
-        yield from merged_rows(
-            subjects, models[:count], arguments.methods, arguments.merged_bits, arguments.draws, arguments.iterations,
-            cache,
-        )  # fmt: skip
+    yield from merged_rows(
+        subjects, models, arguments.methods, arguments.merged_bits, arguments.draws, arguments.iterations, cache
+    )
 
 
 def _to_merge(arguments: argparse.Namespace, name: str, folder: Path) -> tuple[Subjects, list[Any]]:
@@ -126,13 +124,13 @@ def _ablation(arguments: argparse.Namespace, name: str, folder: Path, cache: Cac
             how = replace(how, per_channel=per_channel)
             facts = {"part": "ablation", "how": repr(how), "base": name, "split": arguments.split}
             runs = [merged_scores(subjects, models, how, False, d, cache, facts) for d in range(arguments.draws)]
-            for rounding in ("alone", "equation-11", "equation-12", "stochastic"):
+            for rounding in runs[0]:
                 values = [harmonic(run[rounding]) for run in runs]
                 if form == "neither":
                     reference[rounding] = values
                 yield {
                     "base": name, "method": form, "bits": "w3a3 " + ("channels" if per_channel else "tensor"),
-                    "merged": None if rounding == "alone" else f"{len(models)} {rounding}",
+                    "merged": None if rounding == "alone" else rounding,
                     "accuracy": float(np.mean(values)), "accuracy_std": float(np.std(values)),
                     "draws": arguments.draws, **paired(values, reference[rounding]),
                 }  # fmt: skip

@@ -34,7 +34,8 @@ def merged_scores(
     cache: Cache,
     facts: dict[str, Any],
 ) -> dict[str, list[float]]:
-    """Rounding → accuracy of the merge on each model's images; `alone`: each quantized model on its own."""
+    """`<count> <rounding>` → accuracy of the merge of the first so many models on each one's images; `alone`: of each
+    quantized model on its own."""
 
     def measure() -> dict[str, list[float]]:
         quantized: list[QuantizedModel] = [
@@ -43,10 +44,10 @@ def merged_scores(
         scores = {
             "alone": [float(subjects.hits(q, m).mean()) for q, m in zip(quantized, models, strict=True)],
         }
-        weights = [1 / len(models)] * len(models)
-        for name, rounding in ROUNDINGS.items():
-            merged = merge_models(quantized, weights, rounding, seed=draw)
-            scores[name] = [float(subjects.hits(merged, model).mean()) for model in models]
+        for count in range(2, len(models) + 1):
+            for name, rounding in ROUNDINGS.items():
+                merged = merge_models(quantized[:count], [1 / count] * count, rounding, seed=draw)
+                scores[f"{count} {name}"] = [float(subjects.hits(merged, model).mean()) for model in models[:count]]
         return scores
 
     result: dict[str, list[float]] = cache.get({**facts, "draw": draw}, measure)
@@ -70,21 +71,22 @@ def merged_rows(
 ) -> Iterator[dict[str, Any]]:
     """One row for each method, bits and rounding; `accuracy` is the harmonic mean over domains, then over draws."""
     common = {"base": subjects.bench.name, "models": [m.name for m in models], "iterations": iterations}
-    yield {
-        "base": subjects.bench.name, "method": "float", "bits": "float", "merged": f"{len(models)} average",
-        "accuracy": float_score(subjects, models), "draws": 1,
-    }  # fmt: skip
+    for count in range(2, len(models) + 1):
+        yield {
+            "base": subjects.bench.name, "method": "float", "bits": "float", "merged": f"{count} average",
+            "accuracy": float_score(subjects, models[:count]), "draws": 1,
+        }  # fmt: skip
     for width in bits:
         reference: dict[str, list[float]] = {}
         for method in methods:
             how, widest = quantizer(method, width, iterations)
             facts = {**common, "part": "merged", "method": method, "bits": width, "split": subjects.bench.split}
             runs = [merged_scores(subjects, models, how, widest, d, cache, facts) for d in range(draws)]
-            for rounding in ("alone", *ROUNDINGS):
+            for rounding in runs[0]:
                 values = [harmonic(run[rounding]) for run in runs]
                 row = {
                     "base": subjects.bench.name, "method": method, "bits": width,
-                    "merged": None if rounding == "alone" else f"{len(models)} {rounding}",
+                    "merged": None if rounding == "alone" else rounding,
                     "accuracy": float(np.mean(values)), "accuracy_std": float(np.std(values)), "draws": draws,
                 }  # fmt: skip
                 if method == "qdrop":

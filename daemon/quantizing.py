@@ -64,10 +64,11 @@ def audited(model: QuantizedModel, artifact: Path) -> dict[str, Any]:
     """What is reported of a quantization, with what onnxruntime makes of the artifact."""
     found = audit_artifact(artifact)
     meant = {place.removesuffix(":input") for place in model.activations}
-    slow = [f"{name} stays float in onnxruntime: {why}." for name, why in found.left_float.items() if name in meant]
+    left = {name: why for name, why in found.left_float.items() if name in meant}
+    slow = [f"{name} stays float in onnxruntime: {why}." for name, why in left.items()]
     return {
         **model.report, "kernels": dict(found.kernels), "fused": len(found.fused),
-        "left_float": dict(found.left_float), "folded": len(found.folded),
+        "left_float": left, "folded": len(found.folded) + len(found.left_float) - len(left),
         "warnings": [*model.report.get("warnings", ()), *slow],
     }  # fmt: skip
 

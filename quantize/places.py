@@ -1,9 +1,9 @@
 """Where activations are quantized: what integer kernels take and give.
 
 A layer in integers takes integers. A convolution must give integers too, and so must the addition behind it, or
-onnxruntime computes it in float. A convolution without ReLU or addition behind it, whose output no layer takes as it
-is, such as a transformer's patches, gains no time from integers and loses 1.6 dB: it has no place, only its weights are
-quantized.
+onnxruntime computes it in float. The exception is a transformer's patches, a convolution of the input without ReLU or
+addition behind it, whose output no layer takes as it is: it gains no time from integers and loses 1.6 dB. It has no
+place, and only its weights are quantized.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def find_places(network: FoldedNetwork) -> tuple[Place, ...]:
     taken = {layer.source for layer in network.layers}
     for layer in network.layers:
         output, addition = _behind_relu(layer.node), _added(network, layer.node)
-        if layer.is_convolution and output is layer.node and output not in taken and addition is None:
+        if layer.source is network.entry and output is layer.node and output not in taken and addition is None:
             continue
         keys.setdefault(layer.source, []).append(f"{layer.weight}:input")
         if not layer.is_convolution:

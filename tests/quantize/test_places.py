@@ -40,10 +40,8 @@ def test_places_of_a_residual_network():
     ]
 
 
-def test_places_of_a_transformer_are_what_its_layers_take():
+def test_places_of_a_transformer_are_what_its_linear_layers_take():
     assert described("attention") == [
-        (("patch.weight:input",), "x", False, True),
-        (("patch.weight:output",), "conv2d", True, False),
         (("qkv.weight:input",), "layer_norm", False, True),
         (("proj.weight:input",), "reshape_1", False, True),
         (("fc1.weight:input",), "layer_norm_1", False, True),
