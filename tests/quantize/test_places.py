@@ -60,10 +60,12 @@ class Sums(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(1, 4, 3, padding=1) for _ in range(3))
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
         self.shift = nn.Parameter(torch.ones(4, 1, 1))
 
     def forward(self, x):
+        x = F.relu(self.stem(x))
         shifted, twice = self.a(x) + self.shift, self.b(x)
         return ((twice + self.c(x)) + torch.tanh(twice) + F.relu(shifted)).mean((2, 3))
 
@@ -72,7 +74,7 @@ def test_a_sum_is_of_activations_and_the_layers_only_user():
     made, _ = folded(seeded(Sums))
     kinds = {key for place in find_places(made) for key in place.keys}
     assert kinds == {
-        "a.weight:input", "b.weight:input", "c.weight:input", "a.weight:output", "b.weight:output", "c.weight:output",
+        "stem.weight:input", "stem.weight:output", "a.weight:input", "b.weight:input", "c.weight:input", "a.weight:output", "b.weight:output", "c.weight:output",
         "c.weight:sum",
     }  # fmt: skip
 
