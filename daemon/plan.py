@@ -39,7 +39,7 @@ def make_plan(settings: Settings, config_digest: str, seconds_per_iteration: flo
         head_options=head_options,
         format=quantize.format,
         quantizer="hdrq-paper" if quantize.effort == "paper" else "hdrq",
-        iterations=iterations_for(quantize.effort, seconds_per_iteration),
+        iterations=iterations_for(quantize.effort, quantize.format, seconds_per_iteration),
         state=quantize.state,
         agreement=gate.agreement,
         config_digest=config_digest,
@@ -48,8 +48,13 @@ def make_plan(settings: Settings, config_digest: str, seconds_per_iteration: flo
     return result
 
 
-def iterations_for(effort: str | float, seconds_per_iteration: float | None) -> int:
-    """Iterations of reconstruction a block: seconds become a count here, and only the count is ever acted on."""
+def iterations_for(effort: str | float, form: str, seconds_per_iteration: float | None) -> int:
+    """Iterations of reconstruction a block: seconds become a count here, and only the count is ever acted on.
+
+    `fast` has none for weights of 8 bits: rounded to the nearest they are as good (docs/quantization.md).
+    """
+    if effort == "fast" and form.startswith("w8"):
+        return 0
     if effort == "paper":
         return PAPER_ITERATIONS
     seconds = FAST_SECONDS if effort == "fast" else float(effort)

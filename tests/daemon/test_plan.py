@@ -16,7 +16,12 @@ from foldd.daemon.ledger import Ledger
 from foldd.daemon.pace import measure_pace
 from foldd.daemon.plan import FAST_ITERATIONS, PACE, PAPER_ITERATIONS, iterations_for, make_plan, read_pace, stored_plan
 from foldd.daemon.quantizing import FORMATS, make_quantizer
-from foldd.daemon.settings import Fold, Gate, Quantize
+from foldd.daemon.settings import Fold, Gate, Quantize, Settings
+
+
+def planned(quantize: Quantize, pace: float | None, **settings) -> dict:
+    return make_plan(Settings(quantize=quantize, **settings), "digest", pace)
+
 
 OLD = {
     "method": "otmf", "options": {"ridge": 1e-3}, "data_free_method": "average", "data_free_options": {}, "seed": 3,
@@ -32,9 +37,14 @@ OLD = {
     ],
 )  # fmt: skip
 def test_effort_becomes_a_count(effort, pace, count):
-    assert iterations_for(effort, pace) == count
-    plan = make_plan(Fold(), Quantize(format="w8", effort=effort), Gate(), "digest", pace)
-    assert stored_plan(plan).iterations == count
+    assert iterations_for(effort, "w4a8", pace) == count
+    assert stored_plan(planned(Quantize(format="w4", effort=effort), pace)).iterations == count
+
+
+def test_fast_rounds_eight_bits_to_the_nearest():
+    for form in ("w8a8", "w8"):
+        assert iterations_for("fast", form, 0.01) == 0
+        assert iterations_for(1.0, form, 0.01) == 100
 
 
 def test_the_counts_are_those_of_the_documentation():
@@ -43,7 +53,7 @@ def test_the_counts_are_those_of_the_documentation():
 
 def test_a_plan_holds_all_that_decides_the_bytes_and_survives_the_ledger(tmp_path):
     quantize = Quantize(format="w4a8", effort=12.0, state="quantized")
-    made = make_plan(Fold(seed=5), quantize, Gate(agreement=0.8), "digest", 0.1)
+    made = planned(quantize, 0.1, fold=Fold(seed=5), gate=Gate(agreement=0.8))
     ledger = Ledger.create(tmp_path / "ledger.sqlite3")
     ledger.add("a" * 64, "a", "folder", 1, 0.5)
     plan = stored_plan(ledger.begin(1, made).plan)
@@ -51,7 +61,7 @@ def test_a_plan_holds_all_that_decides_the_bytes_and_survives_the_ledger(tmp_pat
         "w4a8", "hdrq", 120, "quantized", 0.8, 5,
     )  # fmt: skip
     assert "effort" not in made, "seconds decide nothing once they are a count"
-    later = make_plan(Fold(), Quantize(format="w4a8", effort=24.0), Gate(), "digest", 0.1)
+    later = planned(Quantize(format="w4a8", effort=24.0), 0.1)
     ledger.retreat(1, refund=True)
     assert stored_plan(ledger.begin(1, later).plan) == plan, "the plan of the first attempt stands"
     ledger.close()
@@ -72,15 +82,15 @@ def test_a_plan_with_fields_that_nobody_knows_is_refused():
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("effort", "published"), [("paper", True), ("fast", False), (3.0, False)])
 def test_a_plan_names_the_quantizer(kind, effort, published):
-    plan = stored_plan(make_plan(Fold(), Quantize(format=kind, effort=effort), Gate(), "digest", None))
+    plan = stored_plan(planned(Quantize(format=kind, effort=effort), None))
     how = make_quantizer(plan, *FORMATS[kind])
     assert (how.weight_bits, how.activation_bits) == (int(kind[1]), 8 if kind.endswith("a8") else None)
     assert (how.noise, how.pull, how.per_channel) == ((True, 0.05, False) if published else (False, 0.0, True))
-    assert how.descent.iterations == plan.iterations
+    assert (0 if how.descent is None else how.descent.iterations) == plan.iterations
 
 
 def test_no_iterations_is_rounding_to_the_nearest():
-    plan = stored_plan(make_plan(Fold(), Quantize(format="w8", effort=1.0), Gate(), "digest", 5.0))
+    plan = stored_plan(planned(Quantize(format="w8", effort=1.0), 5.0))
     assert make_quantizer(plan, 8, None).descent is None
 
 
@@ -105,7 +115,7 @@ def test_init_measures_the_pace(tmp_path, monkeypatch, capsys):
     pace = read_pace(base)
     assert json.loads((base / PACE).read_bytes()) == {"seconds_per_iteration": pace}
     assert 1e-5 < pace < 5
-    assert iterations_for(1000 * pace, pace) == pytest.approx(1000, abs=1)
+    assert iterations_for(1000 * pace, "w8a8", pace) == pytest.approx(1000, abs=1)
     open_base(base)  # which a strange file does not disturb
     assert 1e-5 < measure_pace(base) < 5
     (base / PACE).unlink()
