@@ -40,7 +40,10 @@ class Config:
     @property
     def digest(self) -> str:
         """SHA-256 over the settings that decide what a fold computes and whether it is published."""
-        decisive = {"fold": self.settings.fold, "quantize": self.settings.quantize, "gate": self.settings.gate}
+        settings = self.settings
+        decisive = {
+            "fold": settings.fold, "heads": settings.heads, "quantize": settings.quantize, "gate": settings.gate,
+        }  # fmt: skip
         return hashlib.sha256(msgspec.json.encode(decisive, order="sorted")).hexdigest()
 
 

@@ -55,8 +55,8 @@ class OtmfPaper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What foldd ships; the names are those of foldd.fusion.otmf.Otmf."""
 
-    incoming: Rate = 0.4
-    previous: Weight = 1.5
+    incoming: Rate = 0.07
+    previous: Weight = 1.0
     student: Share = 0.5
     damping: Annotated[float, Meta(gt=0, le=1)] = 0.1
     drift: Share = 0.2

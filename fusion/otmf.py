@@ -67,8 +67,8 @@ class Otmf:
     name: ClassVar[str] = "otmf"
     needs_calibration: ClassVar[bool] = True
 
-    incoming: float = 0.4
-    previous: float = 1.5
+    incoming: float = 0.07
+    previous: float = 1.0
     student: float = 0.5
     damping: float = 0.1
     drift: float = 0.2

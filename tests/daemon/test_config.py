@@ -108,9 +108,9 @@ def test_digest_follows_what_decides_a_fold_and_nothing_else(tmp_path):
         return load_config(tmp_path / "config.toml").digest
 
     assert digest("") == digest("[log]\nlevel = 'debug'\n[state]\ndirectory = 'elsewhere'\n")
-    decisive = ["[fold]\nseed = 1\n", "[gate]\nagreement = 0.5\n", "[quantize]\nformat = 'w8a8'\n"]
-    decisive += ["[quantize]\neffort = 'paper'\n", "[quantize]\nstate = 'quantized'\n"]
-    assert len({digest(""), *(digest(text) for text in decisive)}) == 6
+    decisive = ["[fold]\nseed = 1\n", "[gate]\nagreement = 0.5\n", "[quantize]\nformat = 'w4'\n"]
+    decisive += ["[quantize]\neffort = 'paper'\n", "[quantize]\nstate = 'quantized'\n", "[heads]\nmode = 'tuned'\n"]
+    assert len({digest(""), *(digest(text) for text in decisive)}) == 7
 
 
 def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
