@@ -200,7 +200,8 @@ def test_decisions_come_nearer_to_all_teachers_than_the_mean(
             total += float(F.kl_div(*logs, log_target=True, reduction="batchmean"))
         return total
 
-    assert distance(run(Otmf(), base, *tasks)) < 0.85 * distance(run(Average(), base, *tasks))
+    # Even-handed between tasks, as this distance is; the default leans to the old ones, whose heads cannot follow.
+    assert distance(run(Otmf(incoming=0.4), base, *tasks)) < 0.85 * distance(run(Average(), base, *tasks))
 
 
 def test_statistics_are_merged_as_moments(cnn: Base, make: Any) -> None:
