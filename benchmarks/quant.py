@@ -221,7 +221,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _list(text: str) -> list[str]:
-    return text.split(",")
+    return [name for name in text.split(",") if name]
 
 
 if __name__ == "__main__":
