@@ -41,11 +41,11 @@ def quantize_state(
     warnings: list[str] = []
     ranges = {}
     if activation_bits is not None:
-        if inputs is not None:
-            fresh = state.calibration if state.calibration is not None and before.histograms else inputs
-            state = replace(
-                state, histograms=add_histograms(before.histograms, observe_network(network, weights, fresh))
-            )
+        # The previous task's inputs were looked at in its own fold, unless activations were not quantized then.
+        fresh = state.calibration if before.histograms else inputs
+        if fresh is not None:
+            seen = observe_network(network, weights, fresh)
+            state = replace(state, histograms=add_histograms(before.histograms, seen))
         ranges = choose_ranges(network, state.histograms, activation_bits)
         if not ranges:
             activation_bits = None
@@ -55,8 +55,8 @@ def quantize_state(
     how = make_quantizer(plan, weight_bits, activation_bits)
     theta = folded_weights(base, dict(base.weights)) if how.pull else None
     model = how.quantize(network, weights, theta, ranges, inputs, seed=seed, progress=progress)
-    seen = 0 if inputs is None else len(inputs)
-    report = {**model.report, "quantizer": plan.quantizer, "calibration_inputs": seen, "warnings": warnings}
+    count = 0 if inputs is None else len(inputs)
+    report = {**model.report, "quantizer": plan.quantizer, "calibration_inputs": count, "warnings": warnings}
     return state, replace(model, report=report)
 
 

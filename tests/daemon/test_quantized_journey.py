@@ -228,9 +228,12 @@ def test_without_calibration_inputs_only_weights_are_quantized_until_there_are_s
     assert (found["quantize"]["activation_bits"], found["quantize"]["warnings"]) == (8, [])
     assert found["quantize"]["fused"] == 3
 
+    known = folder.histograms
     found = folder.fold(folder.box.bundle("again", seed=2, calibration=0))
     assert found["quantize"]["activation_bits"] == 8, "the ranges of older tasks are there"
     assert found["quantize"]["fused"] == 3
+    for key, histogram in known.items():
+        assert torch.equal(folder.histograms[key], histogram), "nothing new was seen, and nothing is counted twice"
 
 
 def test_histograms_survive_folds_in_other_formats(make_folder):
