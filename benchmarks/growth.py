@@ -1,7 +1,7 @@
 """Fifty folds of one base in one worker: what grows? `make bench-growth`.
 
-`tensor_bytes`: all tensors alive in the worker after the fold, the heads taken off (`head_bytes`: weights and bias of
-each task). `state_bytes` and `artifact_bytes`: the merge state and the model, which may grow by a head, its name and
+`tensor_bytes`: all tensors alive in the worker after the fold, the heads before and after it taken off (`head_bytes`:
+weights and bias of each task). `state_bytes` and `artifact_bytes`: the merge state and the model, which may grow by a head, its name and
 its output for each task. `directory_bytes`: base, blobs and generations on disk, as many as the retention keeps.
 """
 
@@ -61,11 +61,13 @@ def main() -> int:
 def _row(box: Any, number: int) -> dict[str, Any]:
     folder = box.layout.generation(number)
     report = json.loads((folder / "report.json").read_text())
-    heads = number * (3 * box.spec.features + 3) * 4
+    head = (3 * box.spec.features + 3) * 4
+    heads = number * head
+    alive = heads + (number - 1) * head  # heads follow the features: those before the fold are there beside those after
     kept = [box.layout.base, box.layout.blobs, box.layout.generations]
     return {
         "folds": number,
-        "tensor_bytes": report["tensor_bytes"] - heads,
+        "tensor_bytes": report["tensor_bytes"] - alive,
         "head_bytes": heads,
         "state_bytes": max(path.stat().st_size for path in box.layout.blobs.iterdir()),
         "artifact_bytes": (folder / "model.onnx").stat().st_size,
