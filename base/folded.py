@@ -97,6 +97,7 @@ class FoldedNetwork:
         *,
         before: Callable[[FoldedLayer, Tensor], Tensor] | None = None,
         after: Callable[[Node, Tensor], Tensor] | None = None,
+        forget: bool = False,
     ) -> None:
         """Computes nodes in their order into `values`, which holds what they take from outside, batch first.
 
@@ -104,7 +105,11 @@ class FoldedNetwork:
             weights: looked up when a layer needs one.
             before: may change what a layer takes, only for that layer.
             after: may change what a node gives, for all that take it.
+            forget: drops each value behind the last node that takes it; the last node's stays. Activations of a whole
+                network are many times its weights.
         """
+        nodes = tuple(nodes)
+        dead = self._dead_after(nodes) if forget else {}
         batch = len(next(iter(values.values())))
         layers = {layer.node: layer for layer in self.layers} if before is not None else {}
         for node in nodes:
@@ -116,6 +121,16 @@ class FoldedNetwork:
                 taken[layer.source] = before(layer, values[layer.source])
             result = self._compute(node, taken, weights, batch)
             values[node] = after(node, result) if after is not None else result
+            for gone in dead.get(node, ()):
+                values.pop(gone, None)
+
+    def _dead_after(self, nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
+        """Node → the values that none of the nodes behind it takes."""
+        last = {taken: node for node in nodes for taken in node.all_input_nodes if taken in self._moving}
+        dead: dict[Node, list[Node]] = {}
+        for value, node in last.items():
+            dead.setdefault(node, []).append(value)
+        return dead
 
     def _compute(self, node: Node, values: Mapping[Node, Any], weights: Mapping[str, Tensor], batch: int) -> Any:
         def value(argument: Node) -> Any:
@@ -141,7 +156,7 @@ class FoldedNetwork:
     def features(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Inputs [n, …] → features [n, width]."""
         values: dict[Node, Any] = {self.entry: inputs}
-        self.run(self.body, values, weights)
+        self.run(self.body, values, weights, forget=True)
         result: Tensor = values[self.exit]
         return result
 

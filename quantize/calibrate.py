@@ -31,7 +31,7 @@ def observe_network(network: FoldedNetwork, weights: Mapping[str, Tensor], input
             return values
 
         look(network.entry, piece)
-        network.run(network.body, {network.entry: piece}, weights, after=look)
+        network.run(network.body, {network.entry: piece}, weights, after=look, forget=True)
     return found
 
 

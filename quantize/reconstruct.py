@@ -79,6 +79,7 @@ class Stretch:
             weights,
             before=lambda layer, x: apply(self.ranges.at(layer.source, everywhere=False), x),
             after=lambda node, y: apply(self.ranges.at(node, everywhere=True), y),
+            forget=True,
         )
         result: Tensor = values[self.nodes[-1]]
         return result

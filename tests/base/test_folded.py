@@ -141,3 +141,22 @@ def test_gradients_reach_the_weights():
         losses.append(float(network.features(w | {"two.weight": moved}, x).square().sum()))
         moved[2, 3] -= sign * epsilon
     assert np.isclose((losses[0] - losses[1]) / (2 * epsilon), float(w["two.weight"].grad[2, 3]), rtol=1e-6)
+
+
+def test_a_run_that_forgets_holds_no_more_than_is_needed():
+    """Of a residual network a block's input and what is under way, never all."""
+    made, weights = known("residual")
+    held: list[int] = []
+    values = {made.entry: inputs(3)}
+
+    def count(_, x):
+        held.append(len(values))
+        return x
+
+    made.run(made.body, values, weights, after=count, forget=True)
+    assert list(values) == [made.exit]
+    assert max(held) <= 3 < len(made.body)
+    everything = {made.entry: inputs(3)}
+    made.run(made.body, everything, weights)
+    assert len(everything) == 1 + sum(made.is_activation(node) for node in made.body)
+    assert torch.equal(everything[made.exit], values[made.exit])
