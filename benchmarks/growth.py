@@ -2,7 +2,8 @@
 
 `tensor_bytes`: all tensors alive in the worker after the fold, the heads before and after it taken off (`head_bytes`:
 weights and bias of each task). `state_bytes` and `artifact_bytes`: the merge state and the model, which may grow by a
-head, its name and its output for each task. `directory_bytes`: base, blobs and generations on disk, as many as the retention keeps.
+head, its name and its output for each task. `directory_bytes`: base, blobs and generations on disk, as many as the
+retention keeps.
 """
 
 from __future__ import annotations
