@@ -76,7 +76,8 @@ def _static(model: Path, inputs: Tensor, folder: Path) -> Path:
 def device_rows(base: str, made: Mapping[str, Path], probe: np.ndarray, head: str) -> list[dict[str, Any]]:
     """One row for each artifact: bytes, seconds of one inference, and how it decides beside the float one.
 
-    One thread, batch 1, interleaved: in each round every artifact runs a few inferences. `seconds` is the median over
+    One thread, batch 1, one task asked for, as the runtime does; interleaved: in each round every artifact runs a few
+    inferences. `seconds` is the median over
     rounds of this process's CPU time, `ratio` the median over rounds of float's time by the artifact's.
     """
     sessions = {}
@@ -87,12 +88,12 @@ def device_rows(base: str, made: Mapping[str, Path], probe: np.ndarray, head: st
     one, times = {"input": probe[:1]}, {name: [] for name in made}  # type: dict[str, Any], dict[str, list[float]]
     for session in sessions.values():
         for _ in range(INNER):
-            session.run(None, one)
+            session.run([head], one)
     for _ in range(REPEATS):
         for name, session in sessions.items():
             started = time.process_time()
             for _ in range(INNER):
-                session.run(None, one)
+                session.run([head], one)
             times[name].append((time.process_time() - started) / INNER)
     expected = run_artifact(made["float"], probe, [head])[head]
     rows = []
