@@ -50,11 +50,29 @@ class FoldedNetwork:
     """A captured network without BatchNorms behind convolutions."""
 
     def __init__(self, module: GraphModule) -> None:
-        """Takes a captured feature network, which stays as it is."""
-        self.module = copy.deepcopy(module)
-        self.rules: tuple[FoldedNorm, ...] = fold_graph(self.module)
-        self.nodes: tuple[Node, ...] = tuple(self.module.graph.nodes)
-        self._moving = _dependent(self.nodes)
+        """Takes a captured feature network, which stays as it is. It is copied and folded when somebody asks."""
+        self._captured = module
+
+    @cached_property
+    def _folded(self) -> tuple[GraphModule, tuple[FoldedNorm, ...]]:
+        module = copy.deepcopy(self._captured)
+        return module, fold_graph(module)
+
+    @property
+    def module(self) -> GraphModule:
+        return self._folded[0]
+
+    @property
+    def rules(self) -> tuple[FoldedNorm, ...]:
+        return self._folded[1]
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(self.module.graph.nodes)
+
+    @cached_property
+    def _moving(self) -> set[Node]:
+        return _dependent(self.nodes)
 
     @cached_property
     def layers(self) -> tuple[FoldedLayer, ...]:
@@ -64,7 +82,7 @@ class FoldedNetwork:
             if node.op != "call_function" or str(node.target) not in (LINEAR, CONVOLUTION):
                 continue
             weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-            if any(not _own(t) for t in (weight, bias) if t is not None) or node.args[0] not in self._moving:
+            if any(not is_own(t) for t in (weight, bias) if t is not None) or node.args[0] not in self._moving:
                 continue
             found.append(FoldedLayer(node, _name(weight), None if bias is None else _name(bias)))
         return tuple(found)
@@ -115,10 +133,9 @@ class FoldedNetwork:
         for node in nodes:
             if node not in self._moving or node in values:
                 continue  # what does not depend on the inputs is computed where it is needed
-            layer = layers.get(node)
-            taken = dict(values)
+            layer, taken = layers.get(node), values
             if layer is not None and before is not None:
-                taken[layer.source] = before(layer, values[layer.source])
+                taken = {**values, layer.source: before(layer, values[layer.source])}
             result = self._compute(node, taken, weights, batch)
             values[node] = after(node, result) if after is not None else result
             for gone in dead.get(node, ()):
@@ -183,7 +200,8 @@ def _size(node: Node, batch: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _own(node: object) -> bool:
+def is_own(node: object) -> bool:
+    """Whether a layer's argument is a tensor of its own, which nothing else takes."""
     return isinstance(node, Node) and node.op == "get_attr" and len(node.users) == 1
 
 
