@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from foldd.base.batch_norm import FoldedNorm, find_norms
+from foldd.base.folded import CONVOLUTION, LINEAR, is_own
 
 POSITIONS = 256  # rows per input, at most: places of a large image are much alike
-_LINEAR, _CONVOLUTION = "aten.linear.default", "aten.conv2d.default"
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def find_layers(module: GraphModule) -> tuple[AffineLayer, ...]:
     layers = []
     for node in module.graph.nodes:
         kind = str(node.target)
-        if node.op != "call_function" or kind not in (_LINEAR, _CONVOLUTION):
+        if node.op != "call_function" or kind not in (LINEAR, CONVOLUTION):
             continue
         tensors = [node.args[1], node.args[2] if len(node.args) > 2 else None]
-        if any(t is not None and not _own(t) for t in tensors):
+        if any(t is not None and not is_own(t) for t in tensors):
             continue
         weight, bias = (None if t is None else str(t.target) for t in tensors)
         assert weight is not None
-        if kind == _LINEAR:
+        if kind == LINEAR:
             layers.append(AffineLayer(node.name, weight, bias))
             continue
         stride, padding, dilation, groups = _arguments(node)
@@ -137,10 +137,6 @@ def find_layers(module: GraphModule) -> tuple[AffineLayer, ...]:
                 continue  # a norm without any bias to put the mean into
         layers.append(AffineLayer(node.name, weight, bias, groups, rule, (stride, padding, dilation)))
     return tuple(layers)
-
-
-def _own(node: object) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr" and len(node.users) == 1
 
 
 def _arguments(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:

@@ -10,12 +10,13 @@ step: to the nearest, 100 % of an update were kept at t = 100, 83 % at 400, 26 %
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.core.quantized import QuantizedTensor
 from foldd.core.rounding import is_worth_codes, random_for, to_integers
@@ -24,7 +25,7 @@ from foldd.core.tensorfile import hand_back
 BITS = 8
 
 
-class IntegerVector(Mapping[str, Tensor]):
+class IntegerVector(Lazy):
     """A vector that holds most of its tensors as codes and steps; each access gives fresh float32 values.
 
     Attributes:
@@ -35,10 +36,10 @@ class IntegerVector(Mapping[str, Tensor]):
     def __init__(
         self, names: Iterable[str], codes: Mapping[str, QuantizedTensor], floats: Mapping[str, Tensor]
     ) -> None:
+        super().__init__(names, self._values)
         self.codes, self.floats = codes, floats
-        self._names = dict.fromkeys(names)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _values(self, name: str) -> Tensor:
         kept = self.codes.get(name)
         if kept is None:
             return self.floats[name]
@@ -46,15 +47,6 @@ class IntegerVector(Mapping[str, Tensor]):
         np.multiply(kept.codes, kept.broad_step(), out=tensor.numpy())
         hand_back(kept.codes)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def round_vector(base: Base, vector: Mapping[str, Tensor], seed: int) -> IntegerVector:

@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
 from foldd.fusion.method import FoldReport, Progress, finish, silent
@@ -33,6 +30,5 @@ class Unfolded:
         self, state: MergeState, checkpoint: Checkpoint, *, seed: int, progress: Progress = silent
     ) -> tuple[MergeState, FoldReport]:
         """Takes the head and nothing else; the seed is not used."""
-        base = state.base
-        nothing = Lazy(base.weights, lambda name: torch.zeros_like(base.weights[name]))
-        return finish(self.name, state, checkpoint, task_vector(base, checkpoint), nothing)
+        vector, nothing = task_vector(state.base, checkpoint), empty_state(state.base).merged
+        return finish(self.name, state, checkpoint, vector, nothing)
