@@ -2,11 +2,12 @@
 
 Parts of `otmf-paper` as its authors took them away (α from 0 to 1, masks off, head tuning, biased Sinkhorn), then parts
 of `otmf`: each alone, all together, `incoming` and `drift` along their ranges, fewer calibration inputs. Everything is
-folded as in `continual`, on its first eight tasks. `change` is the accuracy minus that of the unchanged method (`otmf`
-or `otmf-paper`) in the same order, mean and standard deviation over orders: the spread that a part has to exceed.
+folded as in `continual`, on its first eight tasks: the published method under frozen heads, `otmf` under heads that
+follow without labels, as it is shipped. `change` is the accuracy minus that of the unchanged method (`otmf` or
+`otmf-paper`) in the same order, mean and standard deviation over orders: the spread that a part has to exceed.
 
-Rows with `heads` = `tuned` use the labels of the calibration inputs; no other does. Their `bwt` counts what the tuning
-gives a task after its own fold.
+Rows with `heads` = `tuned` use the labels of the calibration inputs; no other does. The `bwt` of those of the published
+method counts what the tuning gives a task after its own fold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.continual_run import PLAIN, Result, Store, measure
 from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from benchmarks.rivals.table import CONTINUAL
 from benchmarks.rivals.variants import BiasedPaper, FewInputs, HeadTuning
+from foldd.fusion.alignment import Mode
 from foldd.fusion.method import FoldMethod
 from foldd.fusion.otmf import Otmf
 from foldd.fusion.otmf_paper import OtmfPaper
@@ -36,8 +38,9 @@ from foldd.fusion.state import as_tensor, merged_weights
 
 Maker = Callable[[Bench], FoldMethod]
 ALPHAS = [step / 10 for step in range(11)]
-INCOMING = [0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0]
-DRIFT = [0.0, 0.2, 0.4, 0.7, 1.0]
+INCOMING = [0.03, 0.07, 0.15, 0.3, 0.6, 1.0]
+DRIFT = [0.0, 0.2, 0.5, 1.0]
+PREVIOUS = [0.0, 0.5, 1.0, 2.0]
 INPUTS = [8, 16, 32, 64]
 
 
@@ -76,7 +79,7 @@ PAPER, MASKS_OFF = OtmfPaper(), OtmfPaper(steps=0)
 SHIPPED = Otmf()
 # Part → its variants. The unchanged method comes first where a part's changes are to it.
 PARTS: dict[str, dict[str, Maker]] = {
-    "plain": {"average": CONTINUAL["average"]},
+    "plain": {name: CONTINUAL[name] for name in ("unfolded", "average")},
     "paper": {
         "otmf-paper": lambda _: PAPER,
         "masks-off-alpha-0.8": lambda _: MASKS_OFF,
@@ -91,34 +94,40 @@ PARTS: dict[str, dict[str, Maker]] = {
         "otmf": lambda _: SHIPPED,
         **dict(_setting(field, 0.0) for field in ("student", "previous", "drift")),
         **dict([_setting("damping", 1.0)]),
-        **dict([_setting("incoming", 1.0)]),
+        **dict(_setting("incoming", value) for value in (0.4, 1.0)),
         "otmf-regmean": _without(student=0.0, previous=0.0, damping=1.0, drift=0.0, incoming=1.0),
     },
-    "heads": {"otmf-tuned": _tuned(SHIPPED)},
+    "heads": {"otmf": lambda _: SHIPPED},
     "ridge": dict(_setting("ridge", SHIPPED.ridge * factor) for factor in (0.1, 1.0, 10.0)),
     "incoming": dict(_setting("incoming", value) for value in INCOMING),
     "drift": dict(_setting("drift", value) for value in DRIFT),
+    "previous": dict(_setting("previous", value) for value in PREVIOUS),
     "inputs": {f"otmf-inputs-{count}": (lambda n: lambda _: FewInputs(n))(count) for count in INPUTS},
 }
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of the whole: what is measured on which base in how many orders."""
+    """A part of the whole: what is measured on which base in how many orders, and under which heads."""
 
     base: str
     part: str
     orders: int
+    heads: Mode = "frozen"
+
+    def job(self, method: str, order: int) -> Job:
+        return Job(self.base, len(CORE8), method, order, self.heads)
 
 
-QUICK = [Share("vit", "plain", 1), Share("vit", "otmf", 1)]
+QUICK = [Share("vit", "plain", 1, "aligned"), Share("vit", "otmf", 1, "aligned")]
 FULL = [
-    Share("vit", "plain", 3), Share("vit", "otmf", 3), Share("vit", "paper", 1), Share("vit", "heads", 1),
-    Share("vit", "ridge", 2), Share("vit", "inputs", 2), Share("vit", "incoming", 1), Share("vit", "drift", 1),
-    Share("vit", "alpha-masks-off", 1), Share("vit", "alpha", 1),
-    Share("vit", "alpha-between", 1),
-    Share("cnn", "plain", 1), Share("cnn", "paper", 1), Share("cnn", "alpha-masks-off", 1),
-    Share("cnn", "alpha", 1), Share("cnn", "otmf", 1),
+    Share("vit", "plain", 3, "aligned"), Share("vit", "otmf", 3, "aligned"), Share("cnn", "plain", 1, "aligned"),
+    Share("cnn", "otmf", 1, "aligned"), Share("vit", "heads", 1), Share("vit", "heads", 1, "tuned"),
+    Share("vit", "inputs", 2, "aligned"), Share("vit", "ridge", 1, "aligned"), Share("vit", "incoming", 1, "aligned"),
+    Share("vit", "drift", 1, "aligned"), Share("vit", "previous", 1, "aligned"),
+    Share("vit", "plain", 1), Share("vit", "paper", 1), Share("vit", "alpha-masks-off", 1), Share("vit", "alpha", 1),
+    Share("vit", "alpha-between", 1), Share("cnn", "plain", 1), Share("cnn", "paper", 1),
+    Share("cnn", "alpha-masks-off", 1), Share("cnn", "alpha", 1),
 ]  # fmt: skip
 
 
@@ -172,21 +181,21 @@ def _jobs(plan: list[Share]) -> Iterator[Job]:
             yield Job(share.base, len(CORE8), method, 0)
         for order in range(share.orders):
             for method in PARTS[share.part]:
-                yield Job(share.base, len(CORE8), method, order)
+                yield share.job(method, order)
 
 
 def _measured(bench: Bench, tasks: tuple[str, ...], job: Job, store: Store, clock: Clock) -> Result:
-    path = store.path(bench, tasks, job.method, job.order)
+    path = store.path(bench, tasks, job.method, job.order, job.heads)
     result = store.read(path, curves=False)
     if result is None:
         begun = time.perf_counter()
         if job.method.endswith("-tuned"):
             result = _measure_tuned(bench, tasks, job)
         else:
-            result, _ = measure(bench, tasks, job.method, job.order, False, lambda _: None)
+            result, _ = measure(bench, tasks, job.method, job.order, False, lambda _: None, job.heads)
         store.write(path, result, {})
         clock.taken[job.base, job.method].append((time.perf_counter() - begun) / job.tasks)
-        say(f"{job.method}, order {job.order}: {np.mean(list(result['final'].values())):.4f}")
+        say(f"{job.method}, {job.heads} heads, order {job.order}: {np.mean(list(result['final'].values())):.4f}")
     return result
 
 
@@ -219,10 +228,11 @@ def _rows(share: Share, results: dict[Job, Result], split: str) -> Iterator[dict
     if share.part == "plain":
         yield from ({"part": share.part} | _required(Job(share.base, count, m, 0), results, split) for m in PLAIN)
     for method in PARTS[share.part]:
-        own = {job: results[job] for order in range(share.orders) if (job := Job(share.base, count, method, order))}
+        own = {job: results[job] for job in (share.job(method, order) for order in range(share.orders))}
         plain = {job: result for job, result in results.items() if job.method in PLAIN}
         row = _required(next(iter(own)), own | plain, split)
-        row["heads"] = "tuned" if method.endswith("-tuned") else "frozen"
+        if method.endswith("-tuned"):
+            row["heads"] = "tuned"
         reference = "otmf-paper" if share.part.startswith(("paper", "alpha")) else "otmf"
         changes = [
             _accuracy(result) - _accuracy(results[other])

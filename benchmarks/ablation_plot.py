@@ -10,7 +10,12 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-LINES = {"incoming": "otmf, incoming 0.1 … 1", "drift": "otmf, drift 0 … 1", "inputs": "otmf, 8 … 64 inputs"}
+LINES = {
+    "incoming": "otmf, incoming 0.03 … 1",
+    "drift": "otmf, drift 0 … 1",
+    "previous": "otmf, previous 0 … 2",
+    "inputs": "otmf, 8 … 64 inputs",
+}
 MARKS = {"plain": "s", "paper": "^", "otmf": "o", "ridge": "D"}
 ALPHA = {"alpha": "otmf-paper", "alpha-between": "otmf-paper", "alpha-masks-off": "masks off"}
 

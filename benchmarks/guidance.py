@@ -1,10 +1,11 @@
 """How to fine-tune so that checkpoints merge well: `make bench-guidance ARGS="--data …"`.
 
 Four tasks are fine-tuned from the base on their training images with one thing of the recipe changed at a time, then
-folded one by one, and scored on images that no model has seen. `individual` is the mean accuracy of the models alone,
-`accuracy` that of the merge after the last fold, `gain` the share of what the models gain over the unfolded base that
-the merge keeps, `norm` the mean norm of the task vectors as a share of the base's. `value` is the changed setting;
-`scale` multiplies finished task vectors. Rows of `bundles` are the folder's own, made with more images.
+folded one by one, under heads that follow without labels, and scored on images that no model has seen. `individual` is
+the mean accuracy of the models alone, `accuracy` that of the merge after the last fold, `gain` the share of what the
+models gain over the unfolded base that the merge keeps, `norm` the mean norm of the task vectors as a share of the
+base's. `value` is the changed setting; `scale` multiplies finished task vectors. Rows of `bundles` are the folder's
+own, made with more images. `unfolded` merges nothing: the bare base under heads that follow each recipe's models.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from benchmarks.bench_data import Bench, orders
 from benchmarks.continual_run import Result, Store, measure
 from benchmarks.fine_tuning import Recipe, fine_tuned, mean_norm
 from benchmarks.report import add_data, finish, now, options, prepare_plots, say
+from foldd.fusion.alignment import Mode
 
 TASKS = ("gtsrb", "quickdraw", "signdigits", "fsdd_spec")  # signs, drawings, photographs, spectrograms
-METHODS = ("otmf", "average")
+METHODS = ("otmf", "average", "unfolded")
+HEADS: Mode = "aligned"  # as shipped
 USUAL = Recipe()
 CHANGES: dict[str, dict[float | str, Recipe]] = {
     "learning rate": {rate: replace(USUAL, learning_rate=1.5e-4 * rate) for rate in (0.25, 1, 2, 4)},
@@ -95,17 +98,19 @@ def _arguments() -> argparse.Namespace:
 def _measure(store: Store, bench: Bench, recipe: Recipe, count: int, folder: Path) -> Measured:
     own = fine_tuned(bench, TASKS, recipe, folder)
     merged = {
-        method: [_stored(store, own, tasks, method, order) for order, tasks in enumerate(orders(TASKS, count))]
+        method: [_stored(store, own, tasks, method, order, HEADS) for order, tasks in enumerate(orders(TASKS, count))]
         for method in METHODS
     }
     return Measured(mean_norm(own, TASKS), _stored(store, own, TASKS, "individual", 0), merged)
 
 
-def _stored(store: Store, bench: Bench, tasks: tuple[str, ...], method: str, order: int) -> Result:
-    path = store.path(bench, tasks, method, order)
+def _stored(
+    store: Store, bench: Bench, tasks: tuple[str, ...], method: str, order: int, heads: Mode = "frozen"
+) -> Result:
+    path = store.path(bench, tasks, method, order, heads)
     result = store.read(path, curves=False)
     if result is None:
-        result, features = measure(bench, tasks, method, order, False, lambda _: None)
+        result, features = measure(bench, tasks, method, order, False, lambda _: None, heads)
         store.write(path, result, features)
     return result
 

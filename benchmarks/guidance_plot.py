@@ -11,7 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 CURVES = ("learning rate", "epochs", "scale", "bundles")
-LINES = {"individual": ":", "otmf": "-", "average": "--"}
+LINES = {"individual": ":", "otmf": "-", "average": "--", "unfolded": "-."}
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -25,7 +25,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         for colour, varied in enumerate(CURVES):
             _curve(left, right, [row for row in own if row["varied"] == varied], f"C{colour}")
         left.axhline(100 * own[0]["pretrained"], color="0.6", linewidth=1, label="unfolded base")
-        left.set(title=f"{base}: alone (dotted), otmf (solid), average (dashed)", ylabel="mean accuracy, %")
+        left.set(
+            title=f"{base}: alone (dotted), otmf (solid), average (dashed), unfolded (dash-dot)",
+            ylabel="mean accuracy, %",
+        )
         right.set(title=f"{base}: share of the gain kept by otmf", ylabel="gain")
         right.axhline(0, color="0.6", linewidth=1)
         for axes in (left, right):
