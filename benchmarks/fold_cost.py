@@ -109,7 +109,7 @@ def main() -> int:
                 rows += _bench_rows(base, folder / base, arguments)
         if "opcm" in arguments.part:
             torch.set_num_threads(arguments.threads)
-            rows += opcm_rows(1 if arguments.quick else 3)
+            rows += opcm_rows(1 if arguments.quick else 5)
     finish("fold_cost", rows, arguments.json, started)
     return 0
 

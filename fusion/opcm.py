@@ -91,11 +91,12 @@ def orthogonal_part(merged: Tensor, vector: Tensor, alpha: float) -> Tensor:
     """
     u, s, v = svd(merged)
     closed = int((s.cumsum(0) <= alpha * s.sum()).sum()) if alpha < 1 else 0
-    wide = vector.double()
-    z = u.T @ wide @ v
-    taken = torch.diag(z.diagonal())
-    taken[:closed, :closed] = z[:closed, :closed]
-    return (wide - u @ taken @ v.T).to(vector.dtype)
+    # Which directions are closed is decided in float64; products of what is orthonormal lose nothing in float32.
+    u, v = u.to(vector.dtype), v.to(vector.dtype)
+    rows = u.T @ vector
+    taken = u * (rows * v.T).sum(1)  # u·diag(z)
+    taken[:, :closed] = u[:, :closed] @ (rows[:closed] @ v[:, :closed])
+    return vector - taken @ v.T
 
 
 def _recall(state: MergeState) -> tuple[float, float, float]:
