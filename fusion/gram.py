@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK = 4096  # rows that are multiplied at a time in the rows' own type; chunks are summed in float64
-BLOCK = 768  # columns of a symmetric moment that are computed at a time
+BLOCK = 256  # columns of a symmetric moment that are computed at a time
 MIRROR_BLOCK = 256  # rows that are transposed at a time: what a cache holds
 _DIAGONAL_FLOOR = 1e-12
 
@@ -24,7 +26,7 @@ def moment(one: Tensor, other: Tensor) -> Tensor:
 
 
 def add_moment(total: Tensor, one: Tensor, other: Tensor, share: float) -> None:
-    """total += share × mean of one·otherᵀ over rows, in place: [g, d, e] float64, [g, rows, d], [g, rows, e].
+    """total += share × mean of one·otherᵀ over rows, in place: [g, d, e], [g, rows, d], [g, rows, e].
 
     Where `one` is `other`, the entries of the upper half that no block of the lower one covers stay as they are.
     """
@@ -62,20 +64,24 @@ def solve_right(target: Tensor, gram: Tensor) -> Tensor:
 
 def pack_gram(gram: Tensor, other: Tensor | None = None) -> Tensor:
     """A symmetric [g, d, d], or the sum of two, as its lower triangle, float32 [g, d·(d+1)/2]: half of the memory."""
-    size, start = gram.shape[1], 0
-    packed = torch.empty(len(gram), size * (size + 1) // 2)
-    for row in range(size):
-        values = gram[:, row, : row + 1]
-        packed[:, start : start + row + 1] = values if other is None else values + other[:, row, : row + 1]
-        start += row + 1
+    half = _lower(gram.shape[1])
+    packed = torch.empty(len(gram), int(half.sum()))
+    for group, values in enumerate(packed.numpy()):
+        own = gram[group].numpy()[half]
+        values[:] = own if other is None else own + other[group].numpy()[half]
     return packed
 
 
 def unpack_gram(packed: Tensor, size: int) -> Tensor:
     """The inverse of `pack_gram`: float64 [g, size, size]."""
-    gram, start = packed.new_empty(len(packed), size, size, dtype=torch.float64), 0
-    for row in range(size):
-        gram[:, row, : row + 1] = packed[:, start : start + row + 1]
-        start += row + 1
+    half = _lower(size)
+    gram = packed.new_empty(len(packed), size, size, dtype=torch.float64)
+    for square, values in zip(gram.numpy(), packed.numpy(), strict=True):
+        square[half] = values
     mirror(gram)
     return gram
+
+
+def _lower(size: int) -> NDArray[np.bool_]:
+    """Where the lower triangle is, which in this order of rows is its packed form. torch would make 8-byte indices."""
+    return np.tri(size, dtype=np.bool_)

@@ -33,8 +33,9 @@ def solve_two(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], right: Ten
 class _Pair:
     """The common basis of two symmetric matrices.
 
-    Eigenvectors in float32: λ lies between 0 and 1 by construction, so that their errors stay as small as that, and a
-    wide layer costs half of the time and memory. Everything else is float64.
+    Eigenvectors, and products with them, in float32: λ lies between 0 and 1 by construction and the vectors are
+    orthonormal, so that errors stay as small as that, and a wide layer costs half of the time and memory. Everything
+    else is float64.
     """
 
     def __init__(self, one: Tensor, two: Tensor) -> None:
@@ -43,16 +44,15 @@ class _Pair:
         whole = torch.linalg.solve_triangular(self._root, half.mT, upper=False)
         del half
         values, vectors = torch.linalg.eigh(whole.float())
-        self.values, self._vectors = values.double().clamp_(0, 1), vectors
+        self.values, self._vectors = values.clamp_(0, 1), vectors
 
     def into(self, right: Tensor) -> Tensor:
-        """Vᵀ·L⁻¹·right."""
-        whitened: Tensor = torch.linalg.solve_triangular(self._root, right, upper=False)
-        result: Tensor = self._vectors.mT.double() @ whitened
-        return result
+        """Vᵀ·L⁻¹·right, float32."""
+        whitened: Tensor = torch.linalg.solve_triangular(self._root, right.double(), upper=False)
+        return self._vectors.mT @ whitened.float()
 
     def out_of(self, right: Tensor) -> Tensor:
-        """L⁻ᵀ·V·right."""
-        turned = self._vectors.double() @ right
+        """L⁻ᵀ·V·right, float64."""
+        turned = (self._vectors @ right.float()).double()
         result: Tensor = torch.linalg.solve_triangular(self._root.mT, turned, upper=True)
         return result

@@ -1,6 +1,6 @@
 """One layer of the merge: weighted least squares between what two teachers' layers give, in closed form.
 
-All matrices are float64, per group: layers [g, o, d], moments [g, d, d], as `AffineLayer` and `moment` give them. A
+All matrices are float64 unless told, per group: layers [g, o, d], moments [g, d, d], as `AffineLayer` and `moment` give them. A
 wide layer's moment is a good part of the whole model (3072 inputs: 75 MB), so they are made one after the other, and
 in place of each other.
 """
@@ -50,9 +50,10 @@ class Sight:
 def drift_map(before: Tensor, after: Tensor) -> Tensor:
     """R [g, d, d], shrunk to the identity, with after ≈ R·before: how a layer's inputs moved in this fold.
 
-    Ridge regression of the difference on all rows at hand, whatever their task.
+    Ridge regression of the difference on all rows at hand, whatever their task. In the rows' own type: it is a rough
+    estimate, and its ridge keeps it well conditioned.
     """
-    gram, change = (before.new_zeros(len(before), *2 * (before.shape[2],), dtype=torch.float64) for _ in range(2))
+    gram, change = (before.new_zeros(len(before), *2 * (before.shape[2],)) for _ in range(2))
     add_moment(gram, before, before, 1.0)
     add_moment(change, after - before, before, 1.0)
     gram.diagonal(dim1=1, dim2=2).add_(ridge_of(gram, DRIFT_RIDGE)[:, None])
@@ -69,12 +70,13 @@ def old_equations(gram: Tensor, layer: Tensor, drift: Tensor | None, share: floa
 
     Args:
         gram: G of the old inputs as they were; it is overwritten.
-        drift: R, or None.
+        drift: R in any type, or None.
         share: of the moved inputs' equations.
     """
     target = layer @ gram
     if drift is None or not share:
         return gram, target
+    drift = drift.double()
     moved = gram @ drift.transpose(1, 2)
     target.baddbmm_(layer, moved, beta=1 - share, alpha=share)
     return gram.baddbmm_(drift, moved, beta=1 - share, alpha=share), target

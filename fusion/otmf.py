@@ -160,9 +160,9 @@ class _Fold:
             return F.cross_entropy(logits, drawn, reduction="sum")
 
         def take(layer: AffineLayer, rows: Tensor) -> None:
-            key, part = f"{_CURVATURE}/{layer.weight}", moment(rows, rows).mul_(rows.shape[1])
+            key, part = f"{_CURVATURE}/{layer.weight}", pack_gram(moment(rows, rows).mul_(rows.shape[1]))
             known = self.moments.get(key)
-            self.moments[key] = pack_gram(part if known is None else part.add_(unpack_gram(known, part.shape[1])))
+            self.moments[key] = part if known is None else known.add_(part)
 
         if self.method.damping < 1:
             for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True):
