@@ -7,7 +7,7 @@ A convolution is the same on patches. Methods that look at what a layer gets and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from foldd.base.batch_norm import FoldedNorm, find_norms
 from foldd.base.folded import CONVOLUTION, LINEAR, is_own
 
-POSITIONS = 256  # rows per input, at most: places of a large image are much alike
+POSITIONS = 64  # rows per input, about: neighbouring places of an image are much alike
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,32 @@ class AffineLayer:
             rows = inputs.reshape(1, -1, inputs.shape[-1])
         else:
             stride, padding, dilation = self.kernel
+            kernel = tuple(weight.shape[2:])
+            step = _step(
+                [
+                    (size + 2 * p - d * (k - 1) - 1) // s + 1
+                    for size, s, p, d, k in zip(inputs.shape[2:], stride, padding, dilation, kernel, strict=True)
+                ]
+            )
             patches = F.unfold(
-                inputs, tuple(weight.shape[2:]), dilation=dilation, padding=padding, stride=stride
+                inputs, kernel, dilation=dilation, padding=padding, stride=tuple(step * s for s in stride)
             )  # [n, g·d, positions]
-            patches = patches[:, :, :: _step(patches.shape[2])]
             split = patches.reshape(len(patches), self.groups, -1, patches.shape[2])
             rows = split.permute(1, 0, 3, 2).reshape(self.groups, -1, split.shape[2])
         if self.bias is None:
             return rows
         return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
+    def places(self, weight: Tensor) -> int:
+        """Of the kernel: how often a row has each channel, place by place within a channel; 1 for a linear layer."""
+        return 1 if self.kernel is None else weight.shape[2:].numel()
+
     def picked(self, outputs: Tensor) -> Tensor:
         """Something of the output's shape → [g, rows, o], the same rows as `rows` gives."""
         if self.kernel is None:
             return outputs.reshape(1, -1, outputs.shape[-1])
-        flat = outputs.flatten(2)[:, :, :: _step(math.prod(outputs.shape[2:]))]
+        step = _step(outputs.shape[2:])
+        flat = outputs[:, :, ::step, ::step].flatten(2)
         split = flat.reshape(len(flat), self.groups, -1, flat.shape[2])
         return split.permute(1, 0, 3, 2).reshape(self.groups, -1, split.shape[2])
 
@@ -153,5 +164,6 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
-def _step(positions: int) -> int:
-    return math.ceil(positions / POSITIONS)
+def _step(sizes: Sequence[int]) -> int:
+    """Of the grid of places that are looked at, along both axes of an output of this height and width."""
+    return max(1, round(math.sqrt(math.prod(sizes) / POSITIONS)))

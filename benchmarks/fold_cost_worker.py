@@ -23,6 +23,7 @@ from foldd.base.network import Base
 from foldd.base.store import open_base
 from foldd.base.walk import Lane
 from foldd.core.bundle import open_bundle
+from foldd.core.roles import Role
 from foldd.core.tensorfile import open_tensors
 from foldd.daemon.memory import peak_rss_bytes, reset_peak, return_freed_memory, rss_bytes
 from foldd.daemon.methods import METHODS
@@ -89,10 +90,10 @@ def _activations(method: FoldMethod, base: Base, bundle: Path) -> int:
         for _ in base.walker.walk([Lane(weights, images), Lane(weights, both), Lane(weights, both)]):
             pass
     else:
-        leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
-        for leaf in leaves.values():
-            leaf.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
-        base.features(leaves, images[: getattr(method, "batch", len(images))]).sum().backward()  # type: ignore[no-untyped-call]
+        for name, weight in weights.items():
+            if base.role(name) is not Role.STATISTIC:
+                weight.requires_grad_().register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+        base.features(weights, images[: getattr(method, "batch", len(images))]).sum().backward()  # type: ignore[no-untyped-call]
     return max(0, peak_rss_bytes() - before)
 
 

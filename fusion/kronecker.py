@@ -49,7 +49,8 @@ class _Pair:
     def into(self, right: Tensor) -> Tensor:
         """Vᵀ·L⁻¹·right, float32."""
         whitened: Tensor = torch.linalg.solve_triangular(self._root, right.double(), upper=False)
-        return self._vectors.mT @ whitened.float()
+        turned: Tensor = self._vectors.mT @ whitened.float()
+        return turned
 
     def out_of(self, right: Tensor) -> Tensor:
         """L⁻ᵀ·V·right, float64."""

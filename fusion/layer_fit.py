@@ -1,6 +1,6 @@
 """One layer of the merge: weighted least squares between what two teachers' layers give, in closed form.
 
-All matrices are float64 unless told, per group: layers [g, o, d], moments [g, d, d], as `AffineLayer` and `moment` give them. A
+All matrices are float64, per group: layers [g, o, d], moments [g, d, d], as `AffineLayer` and `moment` give them. A
 wide layer's moment is a good part of the whole model (3072 inputs: 75 MB), so they are made one after the other, and
 in place of each other.
 """
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldd.fusion.gram import add_moment, mirror, ridge_of, solve_right
+from foldd.fusion.drift import Drift
+from foldd.fusion.gram import add_moment, mirror, ridge_of
 from foldd.fusion.kronecker import solve_two
-
-DRIFT_RIDGE = 0.1  # of the map from old to new inputs: a hundred inputs do not know a thousand directions
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +46,7 @@ class Sight:
         return gram, target
 
 
-def drift_map(before: Tensor, after: Tensor) -> Tensor:
-    """R [g, d, d], shrunk to the identity, with after ≈ R·before: how a layer's inputs moved in this fold.
-
-    Ridge regression of the difference on all rows at hand, whatever their task. In the rows' own type: it is a rough
-    estimate, and its ridge keeps it well conditioned.
-    """
-    gram, change = (before.new_zeros(len(before), *2 * (before.shape[2],)) for _ in range(2))
-    add_moment(gram, before, before, 1.0)
-    add_moment(change, after - before, before, 1.0)
-    gram.diagonal(dim1=1, dim2=2).add_(ridge_of(gram, DRIFT_RIDGE)[:, None])
-    drift = solve_right(change, gram)
-    drift.diagonal(dim1=1, dim2=2).add_(1.0)
-    return drift
-
-
-def old_equations(gram: Tensor, layer: Tensor, drift: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
+def old_equations(gram: Tensor, layer: Tensor, drift: Drift | None, share: float) -> tuple[Tensor, Tensor]:
     """G and H of all tasks folded so far, which are known by their second moments alone.
 
     Their inputs x have become about R·x by the layers changed so far. The equations of x and of R·x are mixed:
@@ -70,16 +54,15 @@ def old_equations(gram: Tensor, layer: Tensor, drift: Tensor | None, share: floa
 
     Args:
         gram: G of the old inputs as they were; it is overwritten.
-        drift: R in any type, or None.
+        drift: R.
         share: of the moved inputs' equations.
     """
     target = layer @ gram
     if drift is None or not share:
         return gram, target
-    drift = drift.double()
-    moved = gram @ drift.transpose(1, 2)
+    moved = drift.applied(gram)  # G·Rᵀ
     target.baddbmm_(layer, moved, beta=1 - share, alpha=share)
-    return gram.baddbmm_(drift, moved, beta=1 - share, alpha=share), target
+    return gram.mul_(1 - share).add_(drift.applied(moved.mT).mT, alpha=share), target
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,8 +37,9 @@ from foldd.base.walk import Lane
 from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
 from foldd.fusion.batches import calibration_sets, check_finite
+from foldd.fusion.drift import drift
 from foldd.fusion.gram import moment, pack_gram, unpack_gram
-from foldd.fusion.layer_fit import Equations, Sight, damped, drift_map, fit, old_equations
+from foldd.fusion.layer_fit import Equations, Sight, damped, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
@@ -195,7 +196,7 @@ class _Fold:
         old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
         count, seen = self.state.count, own.shape[1]  # rows of the incoming inputs; the previous task's follow
         key = f"{_GRAM}/{layer.weight}"
-        gram, target = self._old(key, before, student, old_layer)
+        gram, target = self._old(layer, before, student, old_layer)
         if self.method.previous:
             again, wanted = Sight(before[:, seen:], student[:, seen:]).equations(old_layer, 1.0)
             gram.add_(again, alpha=self.method.previous)
@@ -214,10 +215,12 @@ class _Fold:
         for name, tensor in layer.assign(fit(old, new, prior, self.method.ridge), self.student.weights).items():
             self.merged[name] = tensor.sub_(self.state.base.weights[name])
 
-    def _old(self, key: str, before: Tensor, student: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:
+    def _old(self, layer: AffineLayer, before: Tensor, student: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """G and H of all older tasks, with the drift of this fold."""
-        drift = drift_map(before, student) if self.method.drift else None
-        return old_equations(self._gram(key, before), layer, drift, self.method.drift)
+        moved, share = None, self.method.drift
+        if share:
+            moved = drift(before, student, layer.places(self.state.base.weights[layer.weight]), layer.bias is not None)
+        return old_equations(self._gram(f"{_GRAM}/{layer.weight}", before), matrix, moved, share)
 
     def _gram(self, key: str, before: Tensor) -> Tensor:
         """G of all folded tasks; where there are no moments, of the inputs at hand as the merged network sees them."""

@@ -16,8 +16,8 @@ from foldd.core.bundle import Checkpoint
 from foldd.core.errors import BadCheckpoint
 from foldd.core.roles import Role
 from foldd.fusion.average import Average
-from foldd.fusion.gram import moment, pack_gram, ridge_of, solve_right, unpack_gram
-from foldd.fusion.layer_fit import Equations, Sight, damped, drift_map, fit, old_equations
+from foldd.fusion.gram import moment, pack_gram, solve_right, unpack_gram
+from foldd.fusion.layer_fit import Equations, Sight, damped, fit
 from foldd.fusion.otmf import Otmf
 from foldd.fusion.state import MergeState, merged_weights, pack
 from foldd.fusion.statistics import merge_statistics
@@ -100,29 +100,6 @@ def test_equations_with_student_inputs_take_back_what_came_before() -> None:
 def solved(equations: tuple[Tensor, Tensor]) -> Tensor:
     gram, target = equations
     return target @ torch.linalg.inv(gram)
-
-
-def test_the_drift_map_is_ridge_regression_shrunk_to_the_identity() -> None:
-    before = rows(300, 4, seed=1)
-    gram = moment(before, before)
-    assert torch.equal(drift_map(before, before), torch.eye(4, dtype=torch.float64)[None])
-    change = torch.eye(4, dtype=torch.float64) + 0.3 * rows(4, 4, seed=2)[0]
-    got = drift_map(before, before @ change.T)
-    penalty = ridge_of(gram, 0.1)[0] * torch.eye(4)
-    expected = (change - torch.eye(4)) @ gram[0] @ torch.linalg.inv(gram[0] + penalty) + torch.eye(4)
-    torch.testing.assert_close(got[0], expected)
-
-
-def test_old_equations_are_those_of_the_moved_inputs() -> None:
-    """With the whole share on the moved inputs: least squares on the old rows themselves, moved."""
-    old, layer = rows(80, 4, seed=1), rows(3, 4, seed=2)
-    drift = torch.eye(4, dtype=torch.float64) + 0.3 * rows(4, 4, seed=3)
-    gram, target = old_equations(moment(old, old), layer, drift, 1.0)
-    moved = old @ drift.transpose(1, 2)
-    torch.testing.assert_close(gram, moment(moved, moved))
-    torch.testing.assert_close(target, moment(old @ layer.transpose(1, 2), moved))
-    half = old_equations(moment(old, old), layer, drift, 0.25)[0]
-    torch.testing.assert_close(half, 0.75 * moment(old, old) + 0.25 * gram)
 
 
 def test_solve_right() -> None:
@@ -301,7 +278,3 @@ def test_moments_of_many_columns_are_made_block_by_block(monkeypatch: pytest.Mon
     assert torch.equal(gram, gram.mT)
     assert torch.equal(unpack_gram(pack_gram(gram), 11), gram.float().double())
     assert torch.equal(pack_gram(gram, 2 * gram), (3 * gram)[:, *torch.tril_indices(11, 11)].float())
-    drift = torch.eye(11, dtype=torch.float64) + 0.3 * rows(11, 11, seed=2)
-    moved = x @ drift.transpose(1, 2)
-    got = old_equations(gram, rows(3, 11, seed=3), drift, 1.0)[0]
-    torch.testing.assert_close(got, moment(moved, moved))
