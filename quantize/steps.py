@@ -13,6 +13,7 @@ from torch import Tensor
 
 _EXPONENT = 2.4  # of the error that a step is chosen by: MSE would clip too little, as BRECQ and its heirs found
 _SHARES = tuple(i / 50 for i in range(10, 51))  # of the largest magnitude, tried as the range
+_PIECE = 2**16  # weights at a time, which stay in the processor's cache: several times as fast
 _FLOOR = 1 / 1024  # of the layer's largest step: a dead channel's would be 0, and its bias in steps endless
 _NOTHING = 2.0**-16  # the step of a weight of zeros: no scale is known, and its bias must fit too
 
@@ -39,20 +40,43 @@ def largest_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
 def best_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
     """The step of least Σ|w − ŵ|^2.4 among shares of the largest one: [channels] or []."""
     top = largest_step(weight, bits, per_channel=per_channel)
+    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
+    together = max(1, _PIECE // rows.shape[1])
+    parts = zip(rows.split(together), top.reshape(-1).split(together), strict=True)
+    best = torch.cat([_best_of_rows(part, largest, bits) for part, largest in parts])
+    return best.clamp_min(float(best.max()) * _FLOOR).reshape(top.shape)
+
+
+def _best_of_rows(rows: Tensor, top: Tensor, bits: int) -> Tensor:
+    """The best step of each row, the smallest where several are: [rows].
+
+    From the largest share down, errors up to half a step are rounding, all others clipping, which only grows from there
+    on: where that alone is as large as the least error so far, nothing better can follow.
+    """
+    best, least = top, torch.full_like(top, float("inf"))
+    for share in reversed(_SHARES):
+        step = top * share
+        total = _error(rows, step, bits)
+        better = total <= least
+        best, least = torch.where(better, step, best), torch.where(better, total, least)
+        if (total - rows.shape[1] * (step / 2).pow(_EXPONENT) >= least).all():
+            break
+    return best
+
+
+def _error(rows: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Σ|w − ŵ|^2.4 of each row: [rows]."""
     low, high = code_range(bits)
-    best, best_error = top, torch.full_like(top, float("inf"))
-    for share in _SHARES:
-        step = shaped(top * share, weight)
-        error = (weight - (weight / step).round().clamp(low, high) * step).abs().pow(_EXPONENT)
-        total = error.flatten(1).sum(1) if per_channel else error.sum()
-        better = total < best_error
-        best, best_error = torch.where(better, top * share, best), torch.where(better, total, best_error)
-    return best.clamp_min(float(best.max()) * _FLOOR)
+    step, total = step.reshape(-1, 1), torch.zeros_like(step)
+    for piece in rows.split(_PIECE, 1):
+        rounded = (piece / step).round_().clamp_(low, high).mul_(step)
+        total += rounded.sub_(piece).abs_().pow_(_EXPONENT).sum(1)
+    return total
 
 
 def nearest_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """⌊w/Δ⌉ in the range of the bits: int8, of the weight's shape."""
-    return (weight / shaped(step, weight)).round().clamp(*code_range(bits)).to(torch.int8)
+    return (weight / shaped(step, weight)).round_().clamp_(*code_range(bits)).to(torch.int8)
 
 
 def fake_quantize(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
