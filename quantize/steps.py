@@ -114,9 +114,9 @@ class _FakeQuantize(torch.autograd.Function):
         (gradient,) = gradients
         scaled, codes = ctx.saved_tensors
         low, high = ctx.bounds
-        inside = (scaled >= low) & (scaled <= high)
-        to_values = gradient * inside
+        inside = scaled.clamp(low, high).eq_(scaled)  # 0 or 1; a bool would be made a float anew by each product
+        to_values = gradient * inside if ctx.needs_input_grad[0] else None
         to_step = None
         if ctx.needs_input_grad[1]:
-            to_step = (gradient * (codes - scaled * inside)).sum_to_size(ctx.step_shape)
+            to_step = torch.addcmul(codes, scaled, inside, value=-1).mul_(gradient).sum_to_size(ctx.step_shape)
         return to_values, to_step, None, None
