@@ -26,7 +26,7 @@ def observe(values: Tensor) -> Tensor:
     """A histogram of all values: float32 [SIZE], its shares sum to 1."""
     flat = values.detach().flatten().float()
     signed = torch.zeros(2 * BINS + 1, dtype=torch.int64)  # largest negative magnitude … zero … largest positive one
-    for piece in flat.split(_PIECE):
+    for piece in torch.split(flat, _PIECE):
         magnitude = piece.abs().nan_to_num_()
         bins = magnitude.clamp_min(2.0**_LOWEST).log2_().sub_(_LOWEST).mul_(_PER_OCTAVE).floor_().clamp_(0, BINS - 1)
         places = bins.add_(1).mul_(magnitude >= 2.0**_LOWEST).copysign_(piece).int()

@@ -42,7 +42,7 @@ def best_step(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
     top = largest_step(weight, bits, per_channel=per_channel)
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
     together = max(1, _PIECE // rows.shape[1])
-    parts = zip(rows.split(together), top.reshape(-1).split(together), strict=True)
+    parts = zip(torch.split(rows, together), torch.split(top.reshape(-1), together), strict=True)
     best = torch.cat([_best_of_rows(part, largest, bits) for part, largest in parts])
     return best.clamp_min(float(best.max()) * _FLOOR).reshape(top.shape)
 
@@ -68,7 +68,7 @@ def _error(rows: Tensor, step: Tensor, bits: int) -> Tensor:
     """Σ|w − ŵ|^2.4 of each row: [rows]."""
     low, high = code_range(bits)
     step, total = step.reshape(-1, 1), torch.zeros_like(step)
-    for piece in rows.split(_PIECE, 1):
+    for piece in torch.split(rows, _PIECE, 1):
         rounded = (piece / step).round_().clamp_(low, high).mul_(step)
         total += rounded.sub_(piece).abs_().pow_(_EXPONENT).sum(1)
     return total
@@ -79,9 +79,13 @@ def nearest_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     return (weight / shaped(step, weight)).round_().clamp_(*code_range(bits)).to(torch.int8)
 
 
-def fake_quantize(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """clamp(⌊x/Δ⌉, low, high)·Δ with LSQ's gradients; the step broadcasts against the values."""
-    result: Tensor = _FakeQuantize.apply(values, step, low, high)  # type: ignore[no-untyped-call]
+def fake_quantize(values: Tensor, step: Tensor, low: int, high: int, stays: Tensor | None = None) -> Tensor:
+    """clamp(⌊x/Δ⌉, low, high)·Δ with LSQ's gradients; the step broadcasts against the values.
+
+    Args:
+        stays: of the values' shape and type, 1 where a value stays as it is and 0 elsewhere; None: nowhere.
+    """
+    result: Tensor = _FakeQuantize.apply(values, step, low, high, stays)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -102,21 +106,27 @@ def noisy(values: Tensor, step: Tensor, low: int, high: int, generator: torch.Ge
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, step: Tensor, low: int, high: int, stays: Tensor | None) -> Tensor:
         scaled = values / step
         codes = scaled.round().clamp_(low, high)
-        ctx.save_for_backward(scaled, codes)
+        ctx.save_for_backward(scaled, codes, stays)
         ctx.bounds, ctx.step_shape = (low, high), step.shape
-        return codes * step
+        # lerp() is exact at 0 and 1, and several times as fast as where().
+        return codes * step if stays is None else (codes * step).lerp_(values, stays)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        scaled, codes = ctx.saved_tensors
+        scaled, codes, stays = ctx.saved_tensors
         low, high = ctx.bounds
         inside = scaled.clamp(low, high).eq_(scaled)  # 0 or 1; a bool would be made a float anew by each product
-        to_values = gradient * inside if ctx.needs_input_grad[0] else None
-        to_step = None
+        to_values = to_step = None
         if ctx.needs_input_grad[1]:
-            to_step = torch.addcmul(codes, scaled, inside, value=-1).mul_(gradient).sum_to_size(ctx.step_shape)
-        return to_values, to_step, None, None
+            error = torch.addcmul(codes, scaled, inside, value=-1).mul_(gradient)
+            if stays is not None:
+                error.addcmul_(error, stays, value=-1)
+            to_step = error.sum_to_size(ctx.step_shape)
+        if ctx.needs_input_grad[0]:
+            passes = inside if stays is None else torch.maximum(inside, stays, out=inside)
+            to_values = passes.mul_(gradient)
+        return to_values, to_step, None, None, None

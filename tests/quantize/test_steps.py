@@ -91,6 +91,25 @@ def test_a_step_that_is_not_learned_gets_no_gradient():
     assert values.grad is not None
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_values_that_stay_are_as_if_they_never_met_a_step(per_channel):
+    """As choosing afterwards gives, value and gradients."""
+    stays = (random(4, 50, seed=2) > 0.3).float()
+    results = []
+    for within in (True, False):
+        values = random(4, 50).requires_grad_()
+        step = (torch.tensor([0.2, 0.3, 0.4, 0.5]) if per_channel else torch.tensor(0.3)).requires_grad_()
+        if within:
+            mixed = fake_quantize(values, shaped(step, values), *code_range(3), stays)
+        else:
+            mixed = torch.where(stays > 0, values, fake_quantize(values, shaped(step, values), *code_range(3)))
+        (random(4, 50, seed=1) * mixed).sum().backward()
+        results.append((mixed, values.grad, step.grad))
+    assert 0.2 < float(stays.mean()) < 0.5
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform"])
 def test_the_best_step_is_nearly_brute_forces(bits, kind):
