@@ -41,9 +41,10 @@ class Ranges:
     def parameters(self, keys: set[str]) -> list[Tensor]:
         return [self._log_steps[key] for key in sorted(keys)]
 
-    def quantize(self, key: str, values: Tensor) -> Tensor:
+    def quantize(self, key: str, values: Tensor, stays: Tensor | None = None) -> Tensor:
+        """`stays`: 1 where a value stays float."""
         r = self._ranges[key]
-        return fake_quantize(values, self._log_steps[key].exp(), -r.zero_point, 2**r.bits - 1 - r.zero_point)
+        return fake_quantize(values, self._log_steps[key].exp(), -r.zero_point, 2**r.bits - 1 - r.zero_point, stays)
 
     def result(self) -> dict[str, ActivationRange]:
         return {
@@ -62,15 +63,14 @@ class Stretch:
     ranges: Ranges
 
     def run(
-        self, inputs: Tensor, weights: Mapping[str, Tensor], keep: Callable[[Tensor, Tensor], Tensor] | None = None
+        self, inputs: Tensor, weights: Mapping[str, Tensor], stays: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """What comes out, with activations quantized; `keep` may take (float, quantized) back to float in part."""
+        """What comes out, with activations quantized; `stays` gives for an activation 1 where it stays float."""
 
         def apply(key: str | None, values: Tensor) -> Tensor:
             if key is None:
                 return values
-            quantized = self.ranges.quantize(key, values)
-            return quantized if keep is None else keep(values, quantized)
+            return self.ranges.quantize(key, values, None if stays is None else stays(values))
 
         values: dict[Node, Any] = {self.entry: inputs}
         self.network.run(
@@ -113,25 +113,25 @@ def reconstruct(
     """
     groups = [group for rounding in roundings.values() for group in rounding.parameters(descent)]
     groups += [{"params": [p], "lr": descent.range_rate} for p in stretch.ranges.parameters(stretch.keys(layers))]
-    optimiser = torch.optim.Adam(groups)
+    optimiser = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: descent.factor(i))
     channel = 1 if targets.dim() == 4 else targets.dim() - 1
     real_from = descent.iterations - round(descent.iterations * descent.real)
 
-    def keep(values: Tensor, quantized: Tensor) -> Tensor:
-        stays = torch.rand(values.shape, generator=generator).lt_(descent.drop)
-        return torch.lerp(quantized, values, stays)  # exact at 0 and 1, and several times as fast as where()
+    def stays(values: Tensor) -> Tensor:
+        return torch.rand(values.shape, dtype=values.dtype, generator=generator).lt_(descent.drop)
 
     first = last = float("nan")
     for i in range(descent.iterations):
         index = torch.randint(len(targets), (min(descent.batch, len(targets)),), generator=generator)
-        inputs = keep(float_inputs[index], quantized_inputs[index])
+        inputs = float_inputs[index]
+        inputs = torch.lerp(quantized_inputs[index], inputs, stays(inputs))
         done = i / descent.iterations
         drawn = {
             name: rounding.weight(done, real=i >= real_from, generator=generator)
             for name, rounding in roundings.items()
         }
-        output = stretch.run(inputs, over(drawn, weights), keep)
+        output = stretch.run(inputs, over(drawn, weights), stays)
         error = (output - targets[index]).square().sum(channel).mean()
         loss = error + sum(rounding.penalty(done) for rounding in roundings.values())
         optimiser.zero_grad()

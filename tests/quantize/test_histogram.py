@@ -56,6 +56,11 @@ def test_values_off_the_scale_are_counted_at_its_ends():
     assert best_range(histogram, 8) == widest_range(histogram, 8)
 
 
+def test_what_is_no_number_counts_as_nothing_and_what_is_endless_as_large():
+    histogram = observe(torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]))
+    assert histogram[2] == histogram[2 + BINS] == histogram[-1] == 1 / 4
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e5, 1e8])
 def test_off_the_scale_a_range_is_wide_rather_than_wrong(scale):
     values = scale * sample("normal").clamp(-3, 3)
@@ -103,6 +108,29 @@ def test_the_best_range_is_nearly_brute_forces_over_the_values(kind, bits):
     least = min(error_of(x, a, b, bits) for a, b in pairs)
     assert error_of(x, *bounds(found), bits) < 1.15 * least
     assert error_of(x, *bounds(found), bits) <= 1.02 * error_of(x, low, high, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_shrunken_range_is_better(kind, bits):
+    """All of them, on what a histogram knows: each bin is eight values in it. The search need not try all."""
+    histogram = observe(sample(kind)).double().numpy()
+    found = best_range(torch.from_numpy(histogram).float(), bits)
+    magnitude = 2.0 ** ((np.arange(8 * BINS) + 0.5) / 64 - 20)
+    values = np.concatenate([-magnitude, magnitude]).clip(histogram[0], histogram[1])
+    shares = np.repeat(histogram[3:] / 8, 8)
+    values, shares = values[shares > 0], shares[shares > 0]
+    low, high = min(0.0, histogram[0]), max(0.0, histogram[1])
+
+    def error(low, high):
+        step = (high - low) / (2**bits - 1)
+        zero = np.rint(-low / step)
+        codes = np.clip(np.rint(values / step), -zero, 2**bits - 1 - zero)
+        return (np.abs(values - codes * step) ** 2.4 * shares).sum()
+
+    smaller = np.arange(5, 51) / 50
+    least = min(error(low * a * b, high * b) for a in ([1, 0.8, 0.6, 0.4] if low < 0 < high else [1]) for b in smaller)
+    assert error(*bounds(found)) == pytest.approx(least, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

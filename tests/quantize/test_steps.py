@@ -91,6 +91,25 @@ def test_a_step_that_is_not_learned_gets_no_gradient():
     assert values.grad is not None
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_values_that_stay_are_as_if_they_never_met_a_step(per_channel):
+    """As choosing afterwards gives, value and gradients."""
+    stays = (random(4, 50, seed=2) > 0.3).float()
+    results = []
+    for within in (True, False):
+        values = random(4, 50).requires_grad_()
+        step = (torch.tensor([0.2, 0.3, 0.4, 0.5]) if per_channel else torch.tensor(0.3)).requires_grad_()
+        if within:
+            mixed = fake_quantize(values, shaped(step, values), *code_range(3), stays)
+        else:
+            mixed = torch.where(stays > 0, values, fake_quantize(values, shaped(step, values), *code_range(3)))
+        (random(4, 50, seed=1) * mixed).sum().backward()
+        results.append((mixed, values.grad, step.grad))
+    assert 0.2 < float(stays.mean()) < 0.5
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform"])
 def test_the_best_step_is_nearly_brute_forces(bits, kind):
@@ -103,6 +122,33 @@ def test_the_best_step_is_nearly_brute_forces(bits, kind):
     least = np.min([error_of(weight, top * share, bits) for share in np.linspace(0.15, 1.2, 4000)], axis=0)
     assert (actual < (1.2 if bits == 8 else 1.08) * least).all()
     assert (actual <= error_of(weight, top, bits) * (1 + 1e-5)).all()
+
+
+def weights_of(kind):
+    """64 channels, in pieces of a few; `wide`: each is a piece of its own and more."""
+    weight, size = random(64, 2100, seed=5), torch.logspace(-3, 1, 64).reshape(-1, 1)
+    outlier = torch.where(torch.arange(64).reshape(-1, 1) == 9, 500 * weight, weight)
+    return {
+        "normal": size * weight, "heavy": size * weight**5, "outlier": outlier, "constant": size.expand(64, 2100),
+        "dead": torch.where(size > 0.1, weight, 0.0), "wide": random(2, 100_000, seed=6) ** 3,
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["normal", "heavy", "outlier", "constant", "dead", "wide"])
+def test_no_share_of_the_largest_step_is_better(kind, bits, per_channel):
+    """All 41 of them, in float64; the search need not try all, and sums in float32 and in pieces."""
+    weight = weights_of(kind)
+    step = best_step(weight, bits, per_channel=per_channel)
+    rows = weight if per_channel else weight.reshape(1, -1)
+    top = largest_step(weight, bits, per_channel=per_channel).double().reshape(-1, 1).numpy()
+    least = np.min([error_of(rows, top * share, bits) for share in np.arange(10, 51) / 50], axis=0)
+    slack = rows.shape[1] * (1e-6 * rows.abs().amax(1).double().numpy()) ** 2.4  # float32 rounds the step itself
+    held = step.double().reshape(-1, 1).numpy() > step.max().item() / 1000  # others have the smallest step there may be
+    actual = error_of(rows, step.double().reshape(-1, 1).numpy(), bits)
+    assert held.sum() >= (1 if not per_channel or kind == "wide" else 30)
+    assert (actual <= 1.0001 * least + slack)[held.reshape(-1)].all()
 
 
 def test_few_bits_clip_and_the_largest_step_holds_everything():
