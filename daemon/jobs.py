@@ -34,6 +34,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     iterations: int = 0  # of reconstruction, a block
     state: str = "float"  # or "quantized": how the merged vector is kept
     agreement: float = 0.0
+    change: float = 0.0  # no limit
     config_digest: str
 
 

@@ -27,6 +27,7 @@ class LiveStatus:
         self._started = self._written = 0.0
         self._logged = 0.0
         self._last: dict[str, Any] = {}
+        self._failed: int | None = None  # why it could not be written the last time
 
     def begin(self, name: str) -> None:
         self._started, self._logged = time.monotonic(), 0.0
@@ -73,4 +74,10 @@ class LiveStatus:
             temporary.write_text(json.dumps(content))
             temporary.rename(self._path)
         except OSError as error:
-            log.warning("status.json cannot be written: %s", error)
+            self._path.unlink(missing_ok=True)  # rather nothing than what is not true any more
+            self._last = {}
+            if error.errno != self._failed:
+                log.warning("status.json cannot be written: %s", error)
+            self._failed = error.errno
+        else:
+            self._failed = None

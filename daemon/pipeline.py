@@ -32,7 +32,7 @@ from foldd.daemon.layout import Layout
 from foldd.daemon.memory import peak_rss_bytes, reset_peak
 from foldd.daemon.methods import make_method
 from foldd.daemon.quantizing import audited, quantize_state
-from foldd.daemon.verify import verify_values
+from foldd.daemon.verify import verify_change, verify_values
 from foldd.export.artifact import build_artifact
 from foldd.export.quantized import build_quantized_artifact
 from foldd.fusion.alignment import Alignment
@@ -150,6 +150,7 @@ def _verify(job: Job, base: Base) -> Checkpoint:
         )
     checkpoint = open_bundle(path, base.spec, sha256=job.sha256, name=job.name)
     verify_values(checkpoint, base.role, lambda name: base.weights[name].numpy())
+    verify_change(checkpoint, base, job.plan.change)
     return checkpoint
 
 

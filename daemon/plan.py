@@ -42,6 +42,7 @@ def make_plan(settings: Settings, config_digest: str, seconds_per_iteration: flo
         iterations=iterations_for(quantize.effort, quantize.format, seconds_per_iteration),
         state=quantize.state,
         agreement=gate.agreement,
+        change=gate.change,
         config_digest=config_digest,
     )
     result: dict[str, Any] = msgspec.to_builtins(plan)

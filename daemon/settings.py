@@ -160,6 +160,7 @@ class Worker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    change: Weight = 10.0
     parity: Rate = 1e-4
     agreement: Share = 0.9
     conflict: Share = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 from foldd.core.manifest import read_manifest
@@ -12,11 +13,15 @@ from foldd.daemon.ledger import Arrival, GenerationRow, Ledger
 from foldd.daemon.lock import holder
 from foldd.daemon.memory import rss_bytes
 
+_SHOWN = 5  # of what was set aside
+_SILENT = "The daemon runs but has not said how it is: it is starting, or its disk is full. Its log tells."
+
 
 def status(config: Config) -> dict[str, Any]:
     """How things stand; `rss_bytes` is the supervisor's.
 
-    `state`: `idle`, `folding`, `waiting` (to try again after `last_error`) or `stopped`.
+    `state`: `idle`, `folding`, `waiting` (to try again after `last_error`) or `stopped`. `set_aside`: the newest few of
+    what was quarantined. `conflicts`: task → share of its decisions that the current generation kept, where it is low.
 
     Raises:
         BadSetup: `not-initialised`.
@@ -30,16 +35,20 @@ def status(config: Config) -> dict[str, Any]:
         held = [_held(arrival) for arrival in ledger.arrivals("held")]
         queue = len(ledger.arrivals("queued", "folding"))
         quarantined = sum(1 for _ in layout.quarantine.iterdir()) if layout.quarantine.is_dir() else 0
+        set_aside = [_held(arrival) for arrival in ledger.arrivals("quarantined")[: -_SHOWN - 1 : -1]]
         tasks = list(read_manifest(current.manifest).manifest.tasks) if current else []
         return {
-            "state": live.get("state", "idle") if pid else "stopped",
+            "state": live.get("state", "waiting") if pid else "stopped",
             "generation": current.generation if current else None,
             "tasks": tasks,
             "queue_depth": queue,
             "folding": live.get("folding"),
             "held": held,
             "quarantined": quarantined,
-            "last_error": live.get("last_error"),
+            "set_aside": set_aside,
+            "conflicts": _conflicts(layout, current),
+            "last_error": live.get("last_error", _SILENT if pid and not live else None),
+            "free_bytes": shutil.disk_usage(layout.root).free,
             "pid": pid,
             "rss_bytes": rss_bytes(pid) if pid else None,
             "config_digest": config.digest,
@@ -69,6 +78,17 @@ def _entry(row: GenerationRow) -> dict[str, Any]:
         "state_sha256": row.state_sha256, "config_digest": row.config_digest, "scores": row.scores,
         "seconds": row.seconds, "peak_rss_bytes": row.peak_rss_bytes, "created": row.created,
     }  # fmt: skip
+
+
+def _conflicts(layout: Layout, current: GenerationRow | None) -> dict[str, float]:
+    if current is None:
+        return {}
+    try:
+        report = json.loads((layout.generation(current.generation) / "report.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    conflicts: dict[str, float] = report.get("conflicts", {})
+    return conflicts
 
 
 def _held(arrival: Arrival) -> dict[str, Any]:

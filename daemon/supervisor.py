@@ -39,6 +39,7 @@ _ENVIRONMENT = (OSError, sqlite3.OperationalError, Unavailable)  # may pass; not
 _TURN_SECONDS = 1.0
 _SPACING_SECONDS = 0.05  # between two looks at the inbox, however many events there are
 _PAUSE_SECONDS = 1.0  # between two tries to mend what failed
+_COMPLAINT_SECONDS = 60.0  # between two lines in the log of the same failure
 
 
 class _Stopped(Exception):
@@ -60,6 +61,7 @@ class Supervisor:
         self._settled: list[Settled] = []
         self._senders: dict[str, str] = {}
         self._uneven = False  # a step failed half-way; files and ledger may disagree
+        self._complaint, self._complained = "", 0.0
         self._watchdog = watchdog_interval_s()
         self._fed = 0.0
 
@@ -161,9 +163,11 @@ class Supervisor:
 
     def _stumbled(self, error: Exception) -> None:
         """The environment failed under the daemon itself: go on serving, and try again in a moment."""
-        if self._live.last_error != str(error):
-            log.error("%s; trying again", error)
-        self._live.last_error = str(error)
+        said, now = str(error), time.monotonic()
+        if said != self._complaint or now - self._complained >= _COMPLAINT_SECONDS:
+            self._complaint, self._complained = said, now
+            log.error("%s Trying again.", said if said.endswith(".") else f"{said}.")
+        self._live.last_error = said
         self._uneven = True
 
     def _beat(self) -> None:

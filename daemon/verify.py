@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from foldd.base.network import Base
 from foldd.core.bundle import Checkpoint
 from foldd.core.errors import BadCheckpoint
 from foldd.core.roles import Role
 from foldd.core.tensorfile import StoredTensor
+from foldd.fusion.task_vector import norm, task_vector
 
 _WEIGHTS = {Role.MATRIX, Role.CONVOLUTION, Role.EMBEDDING}
 
@@ -51,6 +53,27 @@ def verify_values(checkpoint: Checkpoint, role: Callable[[str], Role], base: Cal
             raise _not_finite(checkpoint.task, name)
         if name != "head/bias" and not array.any():
             raise _all_zero(checkpoint, name)
+
+
+def verify_change(checkpoint: Checkpoint, base: Base, limit: float) -> None:
+    """Is the task vector of a size that fine-tuning makes? One that is not ruins every task, and no gate may see it.
+
+    Args:
+        limit: of its norm, in norms of the base; 0: none.
+
+    Raises:
+        BadCheckpoint: `diverged`, `missing-tensors`.
+    """
+    change, own = norm(base, task_vector(base, checkpoint)), norm(base, base.weights)
+    if limit and change > limit * own:
+        raise BadCheckpoint(
+            "diverged",
+            f"{checkpoint.task} is {change / own:.3g} times as far from the base as the base is large; the limit is "
+            f"{limit:g}.",
+            why="the fine-tuning diverged, its weights were scaled, or it began from another base.",
+            remedy="Fine-tune with a lower learning rate; a task vector is usually a few percent of the base. "
+            "gate.change is the limit.",
+        )
 
 
 def _look_at(tensor: StoredTensor, task: str) -> bool:

@@ -32,11 +32,18 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"queue        {facts['queue_depth']} waiting, {facts['quarantined']} in quarantine")
     for held in facts["held"]:
         print(f"held         {held['id']} {held['file']}: {held['what']}")
+    for item in facts["set_aside"]:
+        print(f"set aside    {item['id']} {item['file']}: {item['code']}. {item['what']}")
+    if facts["quarantined"] > len(facts["set_aside"]):
+        print("             and more: quarantine/*/reason.json")
+    if facts["conflicts"]:
+        kept = ", ".join(f"{task} {share:.0%}" for task, share in facts["conflicts"].items())
+        print(f"conflicts    of the last fold, decisions that stayed as they were: {kept}")
     if facts["rss_bytes"]:
         print(f"memory       {facts['rss_bytes'] / 1e6:.0f} MB (process {facts['pid']})")
     if facts["last_error"]:
         print(f"last error   {facts['last_error']}")
-    print(f"directory    {facts['state_directory']}")
+    print(f"directory    {facts['state_directory']}, {facts['free_bytes'] / 1e6:.0f} MB free")
     return 0
 
 

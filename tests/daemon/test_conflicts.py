@@ -48,7 +48,7 @@ def test_by_default_it_is_folded_and_said(make_box) -> None:
     gentle_then_rough(box)
     box.wait_generation(2)
     report = json.loads((box.layout.generation(2) / "report.json").read_text())
-    assert report["conflicts"] == {"gentle": report["scores"]["retained/gentle"]}
+    assert report["conflicts"] == {"gentle": report["scores"]["retained/gentle"]} == box.status()["conflicts"]
     box.wait(lambda: "rough conflicts with gentle" in box.log.read_text(), "the warning")
 
 

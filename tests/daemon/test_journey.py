@@ -121,6 +121,9 @@ def test_every_bad_file_is_set_aside_with_its_own_reason_and_the_next_good_one_i
             if name.startswith("model/"):
                 tensors[name] = np.zeros_like(tensors[name])
 
+    def wild(tensors, _):
+        tensors["model/conv.weight"] = tensors["model/conv.weight"] * np.float32(1e19)
+
     def shape(tensors, _):
         tensors["model/conv.bias"] = np.ones(5, np.float32)
 
@@ -130,7 +133,8 @@ def test_every_bad_file_is_set_aside_with_its_own_reason_and_the_next_good_one_i
     def missing(tensors, _):
         del tensors["model/conv.bias"]
 
-    for name, change in {"nan": nan, "zeros": zeros, "shape": shape, "base": base, "missing": missing}.items():
+    changes = {"nan": nan, "zeros": zeros, "wild": wild, "shape": shape, "base": base, "missing": missing}
+    for name, change in changes.items():
         rewritten(good, made / f"{name}.safetensors", change)
     make_bundle(made / "other.safetensors", base_folder("attention"), "other")
     os.symlink("/etc/hostname", box.layout.inbox / "link.safetensors")
@@ -138,7 +142,7 @@ def test_every_bad_file_is_set_aside_with_its_own_reason_and_the_next_good_one_i
     box.start()
     for path in sorted(made.iterdir()):
         box.drop(path)
-    box.wait(lambda: len(box.reasons()) == 12, "quarantine of all twelve")
+    box.wait(lambda: len(box.reasons()) == 13, "quarantine of all thirteen")
     assert box.reasons() == {
         "truncated.safetensors": "truncated",
         "padded.safetensors": "content-mismatch",
@@ -146,6 +150,7 @@ def test_every_bad_file_is_set_aside_with_its_own_reason_and_the_next_good_one_i
         "empty.safetensors": "not-safetensors",
         "nan.safetensors": "not-finite",
         "zeros.safetensors": "all-zero",
+        "wild.safetensors": "diverged",
         "shape.safetensors": "wrong-shape",
         "base.safetensors": "wrong-base",
         "missing.safetensors": "missing-tensors",
@@ -156,7 +161,11 @@ def test_every_bad_file_is_set_aside_with_its_own_reason_and_the_next_good_one_i
     assert (box.layout.quarantine).glob("*-nan.safetensors/nan.safetensors")
     box.drop(good)
     box.wait_generation(1)
-    assert box.status()["quarantined"] == 12
+    facts = box.status()
+    assert facts["quarantined"] == 13
+    shown = [(item["file"], item["code"]) for item in facts["set_aside"]]
+    assert len(shown) == 5
+    assert set(shown) <= set(box.reasons().items())
     assert box.worker_pid() is None or box.process.poll() is None
 
 
