@@ -130,6 +130,59 @@ def test_what_one_head_is_moved_by_does_not_depend_on_others(head: HeadTensors, 
     torch.testing.assert_close(two.weight[:CLASSES], one.weight, rtol=1e-6, atol=1e-6)
 
 
+# --- weights
+
+
+def weighted(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pull", [0.5, 20.0])
+def test_weights_are_those_of_the_whole_least_squares_problem(
+    head: HeadTensors, now: Tensor, was: Tensor, pull: float
+) -> None:
+    weights, targets = torch.linspace(0.1, 1.9, len(now), dtype=torch.float64), head.logits(was)
+    total = weights.sum()
+    mean = (weights[:, None] * now).sum(0) / total
+    energy = (weights[:, None] * (now - mean).square()).sum() / total / WIDTH
+    inputs = weights.sqrt()[:, None] * torch.cat([now - mean, torch.ones(len(now), 1)], 1)
+    pulls = torch.diag(torch.cat([(pull * energy).sqrt().expand(WIDTH), torch.tensor([(pull / WIDTH) ** 0.5])]))
+    missed = torch.cat([weights.sqrt()[:, None] * (targets - head.logits(now)), torch.zeros(WIDTH + 1, CLASSES)])
+    change = torch.linalg.lstsq(torch.cat([inputs, pulls]), missed).solution.T
+    got = prepare(now, pull, weights).move(head, targets)
+    torch.testing.assert_close(got.weight.double() - head.weight, change[:, :-1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        got.bias.double() - head.bias, change[:, -1] - change[:, :-1] @ mean, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weights_of_one_are_no_weights(head: HeadTensors, now: Tensor, was: Tensor) -> None:
+    plain, alike = prepare(now, 5.0), prepare(now, 5.0, torch.ones(len(now), dtype=torch.float64))
+    torch.testing.assert_close(alike.directions, plain.directions, rtol=1e-12, atol=1e-15)
+    assert (alike.shift, alike.freedom) == (plain.shift, pytest.approx(plain.freedom, rel=1e-12))
+    one, two = (fit.move(head, head.logits(was)) for fit in (plain, alike))
+    torch.testing.assert_close(two.weight, one.weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(two.bias, one.bias, rtol=1e-6, atol=1e-6)
+
+
+def test_weight_zero_is_absence_and_weight_two_is_presence_twice(head: HeadTensors, now: Tensor, was: Tensor) -> None:
+    targets, more, said = head.logits(was), numbers(3, WIDTH, seed=20), numbers(3, CLASSES, seed=21)
+    for repeats in (0, 2):
+        weights = weighted(*[1] * len(now), *[repeats] * 3)
+        got = prepare(torch.cat([now, more]), 5.0, weights)
+        expected = prepare(torch.cat([now, *[more] * repeats]), 5.0)
+        assert got.freedom == pytest.approx(expected.freedom, rel=1e-9)
+        one = got.move(head, torch.cat([targets, said]))
+        two = expected.move(head, torch.cat([targets, *[said] * repeats]))
+        torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.bias, two.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_freedom_is_the_rank_without_pull_and_next_to_nothing_under_an_endless_one(now: Tensor) -> None:
+    assert prepare(now, 1e-9).freedom == pytest.approx(min(len(now), WIDTH + 1), abs=1e-6)
+    assert 0 < prepare(now, 1e12).freedom < 1e-6
+
+
 # --- labels
 
 
