@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foldd.core.bundle import Checkpoint
 from foldd.fusion.batches import check_finite, features_of
-from foldd.fusion.borrowing import sample_weight
+from foldd.fusion.borrowing import Tuning, sample_weight
 from foldd.fusion.heads import Fit, moved, prepare, urge
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import HeadTensors, MergeState, as_tensor
@@ -138,20 +138,19 @@ class Alignment:
         base, new, old = before.base, checkpoint.task, before.previous
         own = features_of(base, applied(base, task_vector(base, checkpoint)), before.calibration[:MAX_INPUTS])
         check_finite(new, own)
-        fits = {task: moves.made[task] for task in (new, old)}
-        alone = {task: moves.heads[task] for task in (new, old)}
+        alone = {task: moves.made[task] for task in (new, old)}
         weights = {}
-        for target, source, teacher, labels in (
+        for task, other, teacher, labels in (
             (new, old, own, before.labels[:MAX_INPUTS]),
             (old, new, was, as_tensor(checkpoint.labels[:MAX_INPUTS])),
         ):
-            (fit, targets), there = fits[target], fits[source][0].features
-            weights[target] = sample_weight(alone[target], alone[source], fit, len(there))
-            counts = torch.ones(len(targets) + len(there), dtype=torch.float64)
-            counts[len(targets) :] = weights[target]
-            borrowed = urge(moves.old[target].logits(teacher.double()), labels, self.labels)
-            both = prepare(torch.cat([fit.features, there]), self.pull, counts)
-            moves.make(target, both, torch.cat([targets, borrowed]))
+            target, source = alone[task], alone[other]
+            weights[task] = sample_weight(target, source)
+            counts = torch.ones(len(target.targets) + len(labels), dtype=torch.float64)
+            counts[len(target.targets) :] = weights[task]
+            both = prepare(torch.cat([target.fit.features, source.fit.features]), self.pull, counts)
+            borrowed = urge(target.old.logits(teacher.double()), labels, self.labels)
+            moves.make(task, both, torch.cat([target.targets, borrowed]))
         return weights
 
     def _with_labels(self, after: MergeState, checkpoint: Checkpoint) -> MergeState:
@@ -174,11 +173,11 @@ class _Moves:
 
     def __init__(self, heads: dict[str, HeadTensors]) -> None:
         self.old, self.heads = heads, dict(heads)
-        self.made: dict[str, tuple[Fit, Tensor]] = {}
+        self.made: dict[str, Tuning] = {}
         self.by: dict[str, float] = {}
 
     def make(self, task: str, fit: Fit, targets: Tensor, share: float = 1.0) -> None:
         old = self.old[task]
-        self.made[task] = fit, targets
+        self.made[task] = Tuning(old, fit, targets)
         self.heads[task] = fit.move(old, targets, share)
         self.by[task] = moved(old, self.heads[task], fit.features)

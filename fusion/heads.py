@@ -29,8 +29,6 @@ class Fit:
         mean: of the features, [width].
         directions: [n, width]: how the weights of a class move for each input whose logit is one too low.
         shift: part of the mean shift of the logits that is taken back.
-        freedom: how many numbers a class really fits: the trace of the matrix that makes fitted logits of wanted ones,
-            from 0 to min(n, width + 1).
         weights: how much each input counts, [n]; None where all count 1.
     """
 
@@ -38,7 +36,6 @@ class Fit:
     mean: Tensor
     directions: Tensor
     shift: float
-    freedom: float
     weights: Tensor | None = None
 
     def move(self, head: HeadTensors, targets: Tensor, share: float = 1.0) -> HeadTensors:
@@ -58,6 +55,17 @@ class Fit:
         change = share * ((missed - shift).T @ self.directions)
         lift = share * self.shift * shift - change @ self.mean
         return HeadTensors((weight + change).float(), (bias + lift).float())
+
+    def left_out(self, head: HeadTensors, targets: Tensor) -> Tensor:
+        """What `move`'s head would say of each input, were it made without that one: [n, classes], in closed form.
+
+        An input's own part in what is said of it is its leverage h, and what is missed without it is 1/(1 − h) of what
+        is missed with it (Allen 1974). Mean and energy of the features stay those of all inputs.
+        """
+        said = self.move(head, targets).logits(self.features)
+        share = 1 / len(said) if self.weights is None else self.weights / self.weights.sum()
+        leverage = self.shift * share + ((self.features - self.mean) * self.directions).sum(1)
+        return targets - (targets - said) / (1 - leverage).clamp_min(_FLOOR)[:, None]
 
 
 def prepare(features: Tensor, pull: float, weights: Tensor | None = None) -> Fit:
@@ -83,11 +91,9 @@ def prepare(features: Tensor, pull: float, weights: Tensor | None = None) -> Fit
     energy = float(products.diagonal().sum()) / total / width  # of one feature, in the mean
     products.diagonal().add_(pull * max(energy, _FLOOR))
     directions = torch.linalg.solve(products, rows)
-    shift = 1 / (1 + pull / (total * width))
-    freedom = shift + float((directions * rows).sum())
     if weights is not None:
         directions *= weights.sqrt()[:, None]
-    return Fit(features, mean, directions, shift, freedom, weights)
+    return Fit(features, mean, directions, 1 / (1 + pull / (total * width)), weights)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:

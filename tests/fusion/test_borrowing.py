@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from foldd.core.bundle import Checkpoint
 from foldd.fusion.alignment import Alignment
 from foldd.fusion.average import Average
 from foldd.fusion.batches import features_of
-from foldd.fusion.borrowing import sample_weight
+from foldd.fusion.borrowing import Tuning, sample_weight
 from foldd.fusion.heads import prepare, urge
 from foldd.fusion.method import FoldReport, head_of
 from foldd.fusion.state import HeadTensors, MergeState, as_tensor, merged_weights, pack, unpack
@@ -68,55 +69,99 @@ def domain(cnn: Base, make: Any) -> Any:
 # --- the weight
 
 
-def brute_force_weight(target: HeadTensors, source: HeadTensors, features: Tensor, samples: int, pull: float) -> float:
-    """(12) with J as a matrix, of gradients of every class's log-probability on every input, and d by unit vectors."""
-    theta, other = (torch.cat([h.weight.double().flatten(), h.bias.double()]) for h in (target, source))
-    classes, width = target.weight.shape
+def tuning(seed: int, classes: int = CLASSES, count: int = 9, pull: float = 5.0, noise: float = 1.0) -> Tuning:
+    """A head, and what it is to say of random features: far from what it says."""
+    features, old = numbers(count, WIDTH, seed=seed + 10) * 2 + 1, head(seed, classes)
+    return Tuning(old, prepare(features, pull), old.logits(features) + noise * numbers(count, classes, seed=seed + 20))
+
+
+def fisher_matrix(at: HeadTensors, features: Tensor) -> Tensor:
+    """Of gradients of every class's log-probability on every input, [parameters, parameters]."""
+    theta, (classes, width) = flat(at), at.weight.shape
     information = torch.zeros(len(theta), len(theta), dtype=torch.float64)
     for x in features:
         for c in range(classes):
-            at = theta.clone().requires_grad_()
-            logits = at[: classes * width].view(classes, width) @ x + at[classes * width :]
+            leaf = theta.clone().requires_grad_()
+            logits = leaf[: classes * width].view(classes, width) @ x + leaf[classes * width :]
             log_probability = logits.log_softmax(0)[c]
-            (gradient,) = torch.autograd.grad(log_probability, at)
+            (gradient,) = torch.autograd.grad(log_probability, leaf)
             information += log_probability.detach().exp() * torch.outer(gradient, gradient)
-    information /= len(features)
-    fit, still = prepare(features, pull), HeadTensors(torch.zeros(1, width), torch.zeros(1))
-    freedom = sum(
-        float(fit.move(still, torch.eye(len(features), dtype=torch.float64)[:, [i]]).logits(features)[i, 0])
-        for i in range(len(features))
-    )
-    difference = other - theta
-    discrepancy = float(difference @ information @ difference) / ((classes - 1) * freedom)
-    return 1 / (1 + samples * discrepancy)
+    return information / len(features)
+
+
+def flat(of: HeadTensors) -> Tensor:
+    return torch.cat([of.weight.double().flatten(), of.bias.double()])
+
+
+def brute_force_weight(target: Tuning, source: Tuning, dimension: float) -> float:
+    """(12), with J as a matrix."""
+    difference = flat(source.head) - flat(target.head)
+    distance = float(difference @ fisher_matrix(target.head, target.fit.features) @ difference)
+    return 1 / (1 + len(source.targets) * distance / dimension)
 
 
 @pytest.mark.parametrize("count", [4, 30], ids=["fewer inputs than features", "more"])
 @pytest.mark.parametrize("pull", [0.5, 96.0])
 def test_the_weight_is_equation_12_with_a_brute_force_fisher_information(count: int, pull: float) -> None:
-    features = numbers(count, WIDTH, seed=1) * 2 + 1
-    got = sample_weight(head(1), head(2), prepare(features, pull), 40)
-    assert 0 < got < 0.5
-    assert got == pytest.approx(brute_force_weight(head(1), head(2), features, 40, pull), rel=1e-5)
+    one, two = tuning(1, count=count, pull=pull), tuning(2, count=11)
+    got = sample_weight(one, two)
+    assert 0 < got < 0.9
+    assert got == pytest.approx(brute_force_weight(one, two, one.dimension), rel=1e-6)
+
+
+def test_the_dimension_is_what_samples_cost_that_are_left_out() -> None:
+    """By the letter: each input in turn out of the sums, and the loss on it; the features' mean and energy stay."""
+    one = tuning(1, count=30, pull=0.5, noise=4.0)
+    features, targets = one.fit.features, one.targets
+    mean = features.mean(0)
+    energy = (features - mean).square().mean()
+    design = torch.cat([features - mean, torch.ones(30, 1)], 1)
+    penalty = 0.5 * torch.diag(torch.cat([energy.expand(WIDTH), torch.tensor([1 / WIDTH])]))
+    missed = targets - one.old.logits(features)
+    losses = []
+    for i in range(30):
+        for kept in (range(30), [j for j in range(30) if j != i]):
+            rows = design[list(kept)]
+            change = torch.linalg.solve(rows.T @ rows + penalty, rows.T @ missed[list(kept)])
+            said = one.old.logits(features[i]) + design[i] @ change
+            losses.append(float(F.cross_entropy(said, targets[i].softmax(0))))
+    expected = sum(losses[1::2]) - sum(losses[0::2])
+    assert expected > 2
+    assert one.dimension == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_dimension_is_at_least_one() -> None:
+    one = tuning(1)
+    assert Tuning(one.old, one.fit, one.old.logits(one.fit.features)).dimension == 1.0
 
 
 def test_heads_that_decide_alike_have_weight_one() -> None:
-    fit, one = prepare(numbers(9, WIDTH, seed=1), 5.0), head(1)
-    assert sample_weight(one, one, fit, 64) == 1.0
-    lifted = HeadTensors(one.weight + torch.arange(5.0), one.bias + 7)  # the same number for each class
-    assert sample_weight(one, lifted, fit, 64) == pytest.approx(1.0, abs=1e-6)
+    one = tuning(1)
+    assert sample_weight(one, one) == 1.0
+    lifted = Tuning(
+        HeadTensors(one.old.weight + torch.arange(5.0), one.old.bias + 7),  # the same number for each class
+        one.fit,
+        one.targets + one.fit.features @ torch.arange(5.0).double()[:, None] + 7,
+    )
+    assert sample_weight(one, lifted) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_weight_falls_with_distance_and_with_samples() -> None:
-    fit, one = prepare(numbers(9, WIDTH, seed=1), 5.0), head(1)
-    others = [HeadTensors(one.weight + k * head(2).weight, one.bias) for k in (0.1, 0.3, 1.0)]
-    weights = [sample_weight(one, other, fit, 64) for other in others]
+    one, other = tuning(1), head(2)
+    near = [
+        Tuning(HeadTensors(one.old.weight + k * other.weight, one.old.bias), one.fit, one.targets)
+        for k in (0.1, 0.3, 1)
+    ]
+    weights = [sample_weight(one, source) for source in near]
     assert 1 > weights[0] > weights[1] > weights[2] > 0
-    assert sample_weight(one, others[0], fit, 256) < weights[0]
+    few, many = (
+        Tuning(near[2].head, prepare(numbers(n, WIDTH, seed=3), 1e20), torch.zeros(n, CLASSES)) for n in (9, 90)
+    )
+    assert 1 / sample_weight(one, many) - 1 == pytest.approx(10 * (1 / sample_weight(one, few) - 1))
 
 
 def test_a_single_class_decides_nothing() -> None:
-    assert sample_weight(head(1, 1), head(2, 1), prepare(numbers(9, WIDTH, seed=1), 5.0), 64) == 1.0
+    assert sample_weight(tuning(1, 1), tuning(2, 1)) == 1.0
 
 
 # --- a fold
@@ -135,16 +180,22 @@ def test_both_heads_are_moved_by_both_tasks_samples_each_by_its_own_teacher(cnn:
     own, old, new = applied(cnn, task_vector(cnn, two)), merged_weights(before), merged_weights(after)
     now = {task.task: seen(new, task) for task in (one, two)}
     labels = {task.task: torch.from_numpy(task.labels) for task in (one, two)}
+    mine, lent = {}, {}
     for name, other, teacher, came in (
         ("sketch", "photo", own, head_of(two)),
         ("photo", "sketch", old, before.heads["photo"]),
     ):
         said = {task.task: came.logits(seen(teacher, task)) for task in (one, two)}
-        mine = urge(said[name], labels[name], UOWQ.labels) if name == "sketch" else said[name]
-        weight = brute_force_weight(plain.heads[name], plain.heads[other], now[name], 12, UOWQ.pull)
+        targets = urge(said[name], labels[name], UOWQ.labels) if name == "sketch" else said[name]
+        mine[name] = Tuning(came, prepare(now[name], UOWQ.pull), targets)
+        lent[name] = urge(said[other], labels[other], UOWQ.labels)
+    for name, other in (("sketch", "photo"), ("photo", "sketch")):
+        assert same(mine[name].head, plain.heads[name])
+        weight = brute_force_weight(mine[name], mine[other], mine[name].dimension)
         assert report.source_weights[name] == pytest.approx(weight, rel=1e-3)
-        fit = prepare(torch.cat([now[name], now[other]]), UOWQ.pull, torch.tensor([1.0] * 12 + [weight] * 12).double())
-        expected = fit.move(came, torch.cat([mine, urge(said[other], labels[other], UOWQ.labels)]))
+        counts = torch.tensor([1.0] * 12 + [weight] * 12, dtype=torch.float64)
+        fit = prepare(torch.cat([now[name], now[other]]), UOWQ.pull, counts)
+        expected = fit.move(mine[name].old, torch.cat([mine[name].targets, lent[name]]))
         torch.testing.assert_close(after.heads[name].weight, expected.weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(after.heads[name].bias, expected.bias, rtol=1e-3, atol=1e-4)
         assert not same(after.heads[name], plain.heads[name])

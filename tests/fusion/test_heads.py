@@ -159,7 +159,7 @@ def test_weights_are_those_of_the_whole_least_squares_problem(
 def test_weights_of_one_are_no_weights(head: HeadTensors, now: Tensor, was: Tensor) -> None:
     plain, alike = prepare(now, 5.0), prepare(now, 5.0, torch.ones(len(now), dtype=torch.float64))
     torch.testing.assert_close(alike.directions, plain.directions, rtol=1e-12, atol=1e-15)
-    assert (alike.shift, alike.freedom) == (plain.shift, pytest.approx(plain.freedom, rel=1e-12))
+    assert alike.shift == plain.shift
     one, two = (fit.move(head, head.logits(was)) for fit in (plain, alike))
     torch.testing.assert_close(two.weight, one.weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(two.bias, one.bias, rtol=1e-6, atol=1e-6)
@@ -171,16 +171,32 @@ def test_weight_zero_is_absence_and_weight_two_is_presence_twice(head: HeadTenso
         weights = weighted(*[1] * len(now), *[repeats] * 3)
         got = prepare(torch.cat([now, more]), 5.0, weights)
         expected = prepare(torch.cat([now, *[more] * repeats]), 5.0)
-        assert got.freedom == pytest.approx(expected.freedom, rel=1e-9)
         one = got.move(head, torch.cat([targets, said]))
         two = expected.move(head, torch.cat([targets, *[said] * repeats]))
         torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one.bias, two.bias, rtol=1e-5, atol=1e-5)
 
 
-def test_freedom_is_the_rank_without_pull_and_next_to_nothing_under_an_endless_one(now: Tensor) -> None:
-    assert prepare(now, 1e-9).freedom == pytest.approx(min(len(now), WIDTH + 1), abs=1e-6)
-    assert 0 < prepare(now, 1e12).freedom < 1e-6
+@pytest.mark.parametrize("weigh", [False, True])
+def test_left_out_is_the_problem_solved_anew_without_each_input(
+    head: HeadTensors, now: Tensor, was: Tensor, weigh: bool
+) -> None:
+    pull, targets = 3.0, head.logits(was)
+    weights = torch.linspace(0.1, 1.9, len(now), dtype=torch.float64) if weigh else None
+    counts = torch.ones(len(now), dtype=torch.float64) if weights is None else weights
+    mean = counts @ now / counts.sum()
+    energy = (counts[:, None] * (now - mean).square()).sum() / counts.sum() / WIDTH
+    design = torch.cat([now - mean, torch.ones(len(now), 1)], 1)
+    pulls = torch.diag(torch.cat([(pull * energy).sqrt().expand(WIDTH), torch.tensor([(pull / WIDTH) ** 0.5])]))
+    missed = targets - head.logits(now)
+    got = prepare(now, pull, weights).left_out(head, targets)
+    for i in range(len(now)):
+        kept = counts.clone()
+        kept[i] = 0
+        rows = torch.cat([kept.sqrt()[:, None] * design, pulls])
+        wanted = torch.cat([kept.sqrt()[:, None] * missed, torch.zeros(WIDTH + 1, CLASSES)])
+        change = torch.linalg.lstsq(rows, wanted).solution
+        torch.testing.assert_close(got[i], head.logits(now[i]) + design[i] @ change, rtol=1e-4, atol=1e-4)
 
 
 # --- labels
