@@ -1,18 +1,16 @@
 """`[heads] weighting` on PACS: three domains folded one after another, heads tuned with and without borrowed samples.
 
-For each held-out domain, three models were fine-tuned under one frozen head made from the other three. Every order of
-them is folded; after the last fold each domain is scored under its own head.
+For each held-out domain three models were fine-tuned, each on one of the other domains, under one frozen head made from
+these three. They are folded one after another; after the last fold each domain is scored under its own head.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pacs import CLASSES, DOMAINS, Pacs, fine_tune
-from foldd.core.bundle import Checkpoint, open_bundle
+from benchmarks.pacs import DOMAINS, Pacs, fine_tuned
 from foldd.fusion.alignment import Alignment, Weighting
 from foldd.fusion.average import Average
 from foldd.fusion.method import FoldMethod
@@ -29,14 +27,14 @@ def orders(held_out: str) -> list[tuple[str, ...]]:
     return list(permutations(domain for domain in DOMAINS if domain != held_out))
 
 
-def rows(pacs: Pacs, cache: Path, held_out: str, fold: str, order: tuple[str, ...], split: str) -> list[Row]:
+def rows(pacs: Pacs, cache: Path, held_out: str, fold: str, order: tuple[str, ...], split: str = "test") -> list[Row]:
     """A row for each weighting, with the accuracy after the last fold: the mean over domains, and each."""
     found = []
     for weighting in WEIGHTINGS:
         alignment, method = Alignment("tuned", weighting=weighting), FOLDS[fold]
         state, weights = method.init(pacs.base), []
         for domain in order:
-            checkpoint = _bundle(pacs, cache, held_out, domain)
+            checkpoint = fine_tuned(pacs, held_out, domain, cache)
             after, report = method.fold(state, checkpoint, seed=0)
             state, report = alignment.after_fold(state, checkpoint, after, report)
             weights += [f"{report.task}: {task}={weight:.3f}" for task, weight in report.source_weights.items()]
@@ -56,13 +54,3 @@ def rows(pacs: Pacs, cache: Path, held_out: str, fold: str, order: tuple[str, ..
 def _accuracy(pacs: Pacs, state: MergeState, domain: str, split: str) -> float:
     features, labels = pacs.features(merged_weights(state), [pacs.split(domain, split)])
     return float((state.heads[f"pacs_{domain}"].logits(features).argmax(1) == labels).float().mean())
-
-
-def _bundle(pacs: Pacs, cache: Path, held_out: str, domain: str) -> Checkpoint:
-    place = Path(pacs.bench.name) / "pacs" / f"not-{held_out}" / f"{domain}.safetensors"
-    path = pacs.bench.data / place
-    if not path.is_file():
-        path = cache / place
-        if not path.is_file():
-            fine_tune(pacs, pacs.head([name for name in DOMAINS if name != held_out]), domain, path)
-    return replace(open_bundle(path, pacs.base.spec), classes=tuple(str(c) for c in range(CLASSES)))
