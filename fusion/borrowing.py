@@ -5,7 +5,7 @@ Equation (12), w = 1/(1 + N·t) with t = (θ₁ − θ₀)ᵀJ(θ₁ − θ₀)/
 
 **d** is what a head that is tuned really uses of its parameters: `effective_dimension`, with losses on the samples
 themselves and on each of them left out. A head of 7 classes on 192 features has 1,158 of them. But the targets are
-logits, which say more than labels drawn from them would, and the ridge is shrunk to the old head: d of 1 to 16 was seen.
+logits, which say more than drawn labels would, and the ridge is shrunk to the old head: d of 1 to 16 was seen.
 """
 
 from __future__ import annotations
