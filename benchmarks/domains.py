@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.pacs import DOMAINS, Pacs, fine_tune, hits
+from benchmarks.pacs import DOMAINS, Pacs, fine_tuned, hits
 from benchmarks.report import finish, now, options, say
 from foldd.base.network import Base
-from foldd.core.bundle import Checkpoint, open_bundle
+from foldd.core.bundle import Checkpoint
 from foldd.fusion.method import head_of
 from foldd.fusion.offline.average import OfflineAverage
 from foldd.fusion.offline.bundles import merge_bundles
@@ -102,7 +102,7 @@ def main() -> int:
 def _held_out(pacs: Pacs, held_out: str, cache: Path, methods: Sequence[str]) -> dict[str, Scored]:
     """Method → what its merge decides rightly."""
     sources = [domain for domain in DOMAINS if domain != held_out]
-    checkpoints = [_bundle(pacs, held_out, domain, cache) for domain in sources]
+    checkpoints = [fine_tuned(pacs, held_out, domain, cache) for domain in sources]
     head = head_of(checkpoints[0])
     logits = pacs.logits(head)
 
@@ -128,17 +128,6 @@ def _held_out(pacs: Pacs, held_out: str, cache: Path, methods: Sequence[str]) ->
         merged = merge()
         scored[method] = Scored(score(merged, held_out), tuple(score(merged, domain) for domain in sources))
     return scored
-
-
-def _bundle(pacs: Pacs, held_out: str, domain: str, cache: Path) -> Checkpoint:
-    place = Path(pacs.bench.name) / "pacs" / f"not-{held_out}" / f"{domain}.safetensors"
-    path = pacs.bench.data / place
-    if not path.is_file():
-        path = cache / place
-        if not path.is_file():
-            say(f"{pacs.bench.name}, {held_out} held out: fine-tuning on {domain}")
-            fine_tune(pacs, pacs.head([name for name in DOMAINS if name != held_out]), domain, path)
-    return open_bundle(path, pacs.base.spec)
 
 
 def _rows(base: str, scores: dict[str, dict[str, Scored]], held_out: str) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_data import SCORE_BATCH, SPLITS, Bench, pixels
-from foldd.core.bundle import Head, write_bundle
+from benchmarks.report import say
+from foldd.core.bundle import Checkpoint, Head, open_bundle, write_bundle
 from foldd.fusion.batches import batches
 from foldd.fusion.fisher import Logits, Parameters
 from foldd.fusion.state import HeadTensors
@@ -32,6 +33,7 @@ class Pacs:
     def __init__(self, data: Path, name: str, folder: Path) -> None:
         self.bench = Bench(data, name, tuple(f"pacs_{domain}" for domain in DOMAINS), "test", folder)
         self.base = self.bench.base
+        self.bundles = folder.with_name(f"{folder.name}-bundles")  # for what is made here and not kept
         self._splits: dict[tuple[str, str], Samples] = {}
 
     @property
@@ -100,6 +102,18 @@ def mean_loss(logits: Logits, parameters: Parameters, samples: Samples) -> float
     return float(F.cross_entropy(all_logits(logits, parameters, samples), samples.labels))
 
 
+def fine_tuned(pacs: Pacs, held_out: str, domain: str, cache: Path) -> Checkpoint:
+    """A domain's bundle under the head of all domains but one: from the data folder, or made here and kept."""
+    place = Path(pacs.bench.name) / "pacs" / f"not-{held_out}" / f"{domain}.safetensors"
+    path = pacs.bench.data / place
+    if not path.is_file():
+        path = cache / place
+        if not path.is_file():
+            say(f"{pacs.bench.name}, {held_out} held out: fine-tuning on {domain}")
+            fine_tune(pacs, pacs.head([name for name in DOMAINS if name != held_out]), domain, path)
+    return open_bundle(path, pacs.base.spec)
+
+
 def fine_tune(pacs: Pacs, head: HeadTensors, domain: str, path: Path) -> None:
     """Trains the backbone on one domain under a frozen head, and writes it as a bundle of differences."""
     logits, samples = pacs.logits(head), pacs.split(domain, "train")
@@ -125,4 +139,5 @@ def fine_tune(pacs: Pacs, head: HeadTensors, domain: str, path: Path) -> None:
     write_bundle(
         path, delta, Head(head.weight.numpy(), head.bias.numpy()), task=f"pacs_{domain}", base=pacs.base.spec,
         is_delta=True, inputs=few.inputs.numpy(), labels=few.labels.numpy(), samples=len(samples),
+        classes=tuple(str(number) for number in range(CLASSES)),
     )  # fmt: skip

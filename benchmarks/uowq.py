@@ -8,6 +8,8 @@ half        the same at 10 images a class with half of the source images
 lora        the same at 10 images a class with adapters of rank 8
 overhead    processor time of the weights in percent of training on all samples
 multi-task  algorithm 2: a model for each domain, all others its sources
+heads       `[heads] weighting`: bundles of three domains folded in every order, heads tuned alone and with each other's
+            samples; methods `none` and `uowq`
 
 Methods: `target-only`; `all-equal`, every source sample at weight 1; `uowq-static`, weights once, after the first
 epoch, which sees the target alone; `uowq-dynamic`, after every epoch. `-aic`: d is the effective dimension of the
@@ -27,14 +29,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import uowq_simulation
+from benchmarks import uowq_heads, uowq_simulation
 from benchmarks.pacs import DOMAINS, Pacs
 from benchmarks.report import finish, now, options, prepare_plots, say
 from benchmarks.uowq_pacs import Study
 
-PARTS = ("simulation", "few-shot", "half", "lora", "overhead", "multi-task")
+PARTS = ("simulation", "few-shot", "half", "lora", "overhead", "multi-task", "heads")
 SHOTS = (5, 10, 20, 100)
 SOURCE_SAMPLES = 500
+HELD_OUT = ("photo", "sketch")  # of `heads`
 QUICK = {"shots": (10,), "targets": ("art",), "seeds": 1, "source_samples": 150}
 FULL = {"shots": SHOTS, "targets": DOMAINS, "seeds": 1, "source_samples": SOURCE_SAMPLES}
 
@@ -81,6 +84,11 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[Study], li
     for target in arguments.targets:
         jobs.append((f"overhead-{target}-10-0", partial(_overhead, target)))
         jobs.append((f"lora-{target}-10-0", partial(_few_shot, target, 10, 0, {"adapters": True})))
+    for held_out in HELD_OUT[: 1 if arguments.quick else None]:
+        for order in uowq_heads.orders(held_out)[: 1 if arguments.quick else None]:
+            for fold in uowq_heads.FOLDS:
+                job = partial(_heads, held_out, fold, order, arguments.cache)
+                jobs.append((f"heads-{held_out}-{fold}-{'-'.join(order)}", job))
     return [(name, job) for name, job in jobs if name.startswith(tuple(arguments.part))]
 
 
@@ -94,6 +102,10 @@ def _multi_task(seed: int, study: Study) -> list[Row]:
 
 def _overhead(target: str, study: Study) -> list[Row]:
     return study.overhead(target, 10, 0)
+
+
+def _heads(held_out: str, fold: str, order: tuple[str, ...], cache: Path | None, study: Study) -> list[Row]:
+    return uowq_heads.rows(study.pacs, cache or study.pacs.bundles, held_out, fold, order)
 
 
 def _cached(folder: Path | None, name: str, job: Callable[[], list[Row]]) -> list[Row]:

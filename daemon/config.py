@@ -68,6 +68,7 @@ def load_config(path: Path) -> Config:
         raise _explain(str(error), path, text) from error
     config = Config(settings, path.resolve())
     _check_paths(config, text)
+    _check_weighting(config, text)
     return config
 
 
@@ -168,3 +169,16 @@ def _check_paths(config: Config, text: str) -> None:
                 f"{config.path}, line {_line(text, key)}: {'.'.join(key)}: there is no {config.resolve(value)}.",
                 remedy="Make keys with `foldd keygen`, and folders with mkdir; paths are relative to the file.",
             )
+
+
+def _check_weighting(config: Config, text: str) -> None:
+    """A weight for samples that are never looked at would be a setting that silently does nothing."""
+    heads = config.settings.heads
+    if heads.weighting != "none" and heads.mode != "tuned":
+        key = ["heads", "weighting"]
+        raise BadConfig(
+            "unsupported-combination",
+            f'{config.path}, line {_line(text, key)}: {".".join(key)} = "{heads.weighting}" weighs labelled samples, '
+            f'and heads.mode = "{heads.mode}" looks at no labels.',
+            remedy='Set heads.mode = "tuned", the nearest mode that does, or leave heads.weighting out.',
+        )

@@ -136,6 +136,7 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pull: Rate = 96.0
     drift: Share = 0.2
     labels: Weight = 0.2
+    weighting: Literal["none", "uowq"] = "none"
 
 
 class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,10 @@ A fold moves the features that every head sees. There are three kinds of heads, 
 - all **older** ones: nothing is left of their inputs. How features move is seen on the inputs at hand; for others that
   is a guess, so only a share of the correction is made.
 
-The merge state gets nothing more to keep. docs/heads.md has the figures.
+Where `weighting` is `uowq` and the incoming and the previous task have equal class names, `tuned` then moves both
+their heads once more, each with the other task's labelled inputs beside its own: they count as much as UOWQ says
+(foldd.fusion.borrowing). For that the merge state keeps the previous task's labels and class names, and for nothing
+else does it get more to keep. docs/heads.md has the figures.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from torch import Tensor
 
 from foldd.core.bundle import Checkpoint
 from foldd.fusion.batches import check_finite, features_of
+from foldd.fusion.borrowing import Tuning, sample_weight
 from foldd.fusion.heads import Fit, moved, prepare, urge
 from foldd.fusion.method import FoldReport
 from foldd.fusion.state import HeadTensors, MergeState, as_tensor
 from foldd.fusion.task_vector import applied, task_vector
 
 Mode = Literal["frozen", "aligned", "tuned"]
+Weighting = Literal["none", "uowq"]
 MAX_INPUTS = 256  # of a calibration set, as `otmf` takes
 
 
@@ -39,12 +44,14 @@ class Alignment:
         pull: how many inputs the old head's word counts as.
         drift: share of their correction that older heads get.
         labels: how far `tuned` moves the targets, in units of the logits' spread.
+        weighting: whether `tuned` borrows samples between tasks of equal class names, and by what weight they count.
     """
 
     mode: Mode = "aligned"
     pull: float = 96.0
     drift: float = 0.2
     labels: float = 0.2
+    weighting: Weighting = "none"
 
     def after_fold(
         self, before: MergeState, checkpoint: Checkpoint, after: MergeState, report: FoldReport
@@ -66,6 +73,7 @@ class Alignment:
             *self._incoming(moves, before, checkpoint, after),
             *self._previous(moves, before, checkpoint.task, after),
         ]
+        weights = self._borrow(moves, before, checkpoint, seen[0][0]) if self._borrows(before, checkpoint) else {}
         older = [task for task in after.heads if task not in moves.by and task != checkpoint.task]
         if seen and older and self.drift:
             was, now = (torch.cat(features) for features in zip(*seen, strict=True))
@@ -73,7 +81,8 @@ class Alignment:
             for task in older:
                 moves.make(task, fit, after.heads[task].logits(was.double()), self.drift)
         warnings = report.warnings + self._warnings(before, checkpoint)
-        return replace(after, heads=moves.heads), replace(report, heads=moves.by, warnings=warnings)
+        after = replace(self._with_labels(after, checkpoint), heads=moves.heads)
+        return after, replace(report, heads=moves.by, source_weights=weights, warnings=warnings)
 
     def _incoming(
         self, moves: _Moves, before: MergeState, checkpoint: Checkpoint, after: MergeState
@@ -106,6 +115,50 @@ class Alignment:
             moves.make(task, prepare(now, self.pull), after.heads[task].logits(was.double()))
         return [(was, now)]
 
+    def _borrows(self, before: MergeState, checkpoint: Checkpoint) -> bool:
+        if before.labels is None or self.mode != "tuned" or self.weighting == "none":
+            return False
+        alike = bool(checkpoint.classes) and checkpoint.classes == before.classes
+        # A task that comes again may bring the same samples again.
+        return alike and checkpoint.labels is not None and checkpoint.task != before.previous
+
+    def _borrow(self, moves: _Moves, before: MergeState, checkpoint: Checkpoint, was: Tensor) -> dict[str, float]:
+        """Moves the incoming and the previous head by both tasks' samples; task → weight of the other's samples.
+
+        A borrowed sample is treated as the task's own are: its target is what the task's teacher says of it, moved a
+        step towards its label.
+
+        Args:
+            was: features of the incoming task's inputs in the merge before the fold.
+        """
+        assert checkpoint.labels is not None
+        assert before.calibration is not None
+        assert before.labels is not None
+        assert before.previous is not None
+        base, new, old = before.base, checkpoint.task, before.previous
+        own = features_of(base, applied(base, task_vector(base, checkpoint)), before.calibration[:MAX_INPUTS])
+        check_finite(new, own)
+        alone = {task: moves.made[task] for task in (new, old)}
+        weights = {}
+        for task, other, teacher, labels in (
+            (new, old, own, before.labels[:MAX_INPUTS]),
+            (old, new, was, as_tensor(checkpoint.labels[:MAX_INPUTS])),
+        ):
+            target, source = alone[task], alone[other]
+            weights[task] = sample_weight(target, source)
+            counts = torch.ones(len(target.targets) + len(labels), dtype=torch.float64)
+            counts[len(target.targets) :] = weights[task]
+            both = prepare(torch.cat([target.fit.features, source.fit.features]), self.pull, counts)
+            borrowed = urge(target.old.logits(teacher.double()), labels, self.labels)
+            moves.make(task, both, torch.cat([target.targets, borrowed]))
+        return weights
+
+    def _with_labels(self, after: MergeState, checkpoint: Checkpoint) -> MergeState:
+        """The state with what the next fold needs to borrow from this task."""
+        if self.mode != "tuned" or self.weighting == "none" or checkpoint.labels is None or not checkpoint.classes:
+            return after
+        return replace(after, labels=as_tensor(checkpoint.labels), classes=checkpoint.classes)
+
     def _warnings(self, before: MergeState, checkpoint: Checkpoint) -> tuple[str, ...]:
         task = checkpoint.task
         if checkpoint.inputs is None:
@@ -116,13 +169,15 @@ class Alignment:
 
 
 class _Moves:
-    """Heads after a fold, some of them moved, and by how much."""
+    """Heads after a fold, some of them moved: by what, and how far. One that is moved again starts anew."""
 
     def __init__(self, heads: dict[str, HeadTensors]) -> None:
-        self.heads = dict(heads)
+        self.old, self.heads = heads, dict(heads)
+        self.made: dict[str, Tuning] = {}
         self.by: dict[str, float] = {}
 
     def make(self, task: str, fit: Fit, targets: Tensor, share: float = 1.0) -> None:
-        old = self.heads[task]
+        old = self.old[task]
+        self.made[task] = Tuning(old, fit, targets)
         self.heads[task] = fit.move(old, targets, share)
         self.by[task] = moved(old, self.heads[task], fit.features)

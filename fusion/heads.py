@@ -29,18 +29,21 @@ class Fit:
         mean: of the features, [width].
         directions: [n, width]: how the weights of a class move for each input whose logit is one too low.
         shift: part of the mean shift of the logits that is taken back.
+        weights: how much each input counts, [n]; None where all count 1.
     """
 
     features: Tensor
     mean: Tensor
     directions: Tensor
     shift: float
+    weights: Tensor | None = None
 
     def move(self, head: HeadTensors, targets: Tensor, share: float = 1.0) -> HeadTensors:
         """The head that says `targets` [n, classes] on the features, as far as the pull to `head` allows.
 
-        It minimises Σ‖(W + D)·f + b + e − t‖² + pull·(g·‖D‖² + ‖b + e + D·f̄ − b‖²/width) over D and e, with g the mean
-        energy of a feature: the mean shift is a feature that has the energy of all the others.
+        It minimises Σ w·‖(W + D)·f + b + e − t‖² + pull·(g·‖D‖² + ‖b + e + D·f̄ − b‖²/width) over D and e, with w an
+        input's weight, f̄ the mean of the features and g the mean energy of one: the mean shift is a feature that has
+        the energy of all the others.
 
         Args:
             targets: what the head should say, in logits.
@@ -48,13 +51,24 @@ class Fit:
         """
         weight, bias = head.weight.double(), head.bias.double()
         missed = targets.double() - (self.features @ weight.T + bias)
-        shift = missed.mean(0)
+        shift = _mean(missed, self.weights)
         change = share * ((missed - shift).T @ self.directions)
         lift = share * self.shift * shift - change @ self.mean
         return HeadTensors((weight + change).float(), (bias + lift).float())
 
+    def left_out(self, head: HeadTensors, targets: Tensor) -> Tensor:
+        """What `move`'s head would say of each input, were it made without that one: [n, classes], in closed form.
 
-def prepare(features: Tensor, pull: float) -> Fit:
+        An input's own part in what is said of it is its leverage h, and what is missed without it is 1/(1 − h) of what
+        is missed with it (Allen 1974). Mean and energy of the features stay those of all inputs.
+        """
+        said = self.move(head, targets).logits(self.features)
+        share = 1 / len(said) if self.weights is None else self.weights / self.weights.sum()
+        leverage = self.shift * share + ((self.features - self.mean) * self.directions).sum(1)
+        return targets - (targets - said) / (1 - leverage).clamp_min(_FLOOR)[:, None]
+
+
+def prepare(features: Tensor, pull: float, weights: Tensor | None = None) -> Fit:
     """Prepares features [n, width] for moving heads.
 
     Solved among inputs and not among features, n × n: with hundreds of inputs at most, its cost does not depend on
@@ -62,16 +76,28 @@ def prepare(features: Tensor, pull: float) -> Fit:
 
     Args:
         pull: how many inputs the old head's word counts as; above 0.
+        weights: how much each input counts, [n], from 0 on and not all 0; all 1 where None. An input of weight 0 is
+            as if it were not there, one of weight 2 as if it were there twice.
     """
     features = features.double()
     count, width = features.shape
-    mean = features.mean(0)
+    mean = _mean(features, weights)
     centred = features - mean
-    products = centred @ centred.T
-    energy = float(products.diagonal().mean()) / width  # of one feature, in the mean
+    if weights is None:
+        total, rows = float(count), centred
+    else:
+        total, rows = float(weights.sum()), centred * weights.sqrt()[:, None]
+    products = rows @ rows.T
+    energy = float(products.diagonal().sum()) / total / width  # of one feature, in the mean
     products.diagonal().add_(pull * max(energy, _FLOOR))
-    directions = torch.linalg.solve(products, centred)
-    return Fit(features, mean, directions, 1 / (1 + pull / (count * width)))
+    directions = torch.linalg.solve(products, rows)
+    if weights is not None:
+        directions *= weights.sqrt()[:, None]
+    return Fit(features, mean, directions, 1 / (1 + pull / (total * width)), weights)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.mean(0) if weights is None else weights @ values / weights.sum()
 
 
 def urge(logits: Tensor, labels: Tensor, step: float) -> Tensor:

@@ -38,6 +38,8 @@ class FoldReport:
             that do not choose it.
         heads: task → how far its head moved: the spread of its logits' change on the inputs at hand, as a share of
             their spread; empty where heads are frozen.
+        source_weights: task → what each sample of the other task counted beside 1 of its own in tuning its head; empty
+            where no samples were borrowed.
         warnings: sentences for the operator.
     """
 
@@ -56,11 +58,13 @@ class FoldReport:
     transport: Mapping[str, float] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
     heads: Mapping[str, float] = field(default_factory=dict)
+    source_weights: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        plain = {name: dict(getattr(self, name)) for name in ("agreement", "transport", "shares", "heads")}
+        names = ("agreement", "transport", "shares", "heads", "source_weights")
+        plain = {name: dict(getattr(self, name)) for name in names}
         return {**asdict(self), **plain, "warnings": list(self.warnings)}
 
 

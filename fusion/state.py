@@ -5,6 +5,7 @@ Its size does not grow with the number of tasks but for the heads, which every m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,9 @@ class MergeState:
         calibration: the last folded task's calibration inputs [n, *input_shape]; None where it had none.
         previous: the task that was folded last.
         count: folds so far.
+        labels: of the calibration inputs, [n], int64; kept where a later fold may borrow these samples
+            (foldd.fusion.alignment), else None.
+        classes: names of the classes that these labels number; None without labels.
     """
 
     base: Base
@@ -59,6 +63,8 @@ class MergeState:
     calibration: Tensor | None = None
     previous: str | None = None
     count: int = 0
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def empty_state(base: Base) -> MergeState:
@@ -76,7 +82,8 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     to, so that a state in memory is not held twice.
 
     Names: `merged/<name>`, `statistics/<name>`, `histograms/<place>`, `heads/<task>/weight`, `heads/<task>/bias`,
-    `calibration/inputs`; of an `IntegerVector` the codes are `merged/<name>` and its steps `step/<name>`.
+    `calibration/inputs`, `calibration/labels`; of an `IntegerVector` the codes are `merged/<name>` and its steps
+    `step/<name>`.
     """
     codes = state.merged.codes if isinstance(state.merged, IntegerVector) else {}
     tensors = {f"merged/{name}": state.merged[name] for name in state.merged if name not in codes}
@@ -86,9 +93,13 @@ def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         tensors |= {f"heads/{task}/weight": head.weight, f"heads/{task}/bias": head.bias}
     if state.calibration is not None:
         tensors["calibration/inputs"] = state.calibration
+    if state.labels is not None:
+        tensors["calibration/labels"] = state.labels
     metadata = {"count": str(state.count), "base": state.base.spec.digest}
     if state.previous is not None:
         metadata["previous"] = state.previous
+    if state.classes is not None:
+        metadata["classes"] = json.dumps(state.classes)
     arrays = {name: np.asarray(tensor.detach().numpy(), order="C").view() for name, tensor in tensors.items()}
     for name, kept in codes.items():
         arrays |= {f"merged/{name}": kept.codes.view(), f"step/{name}": kept.step.view()}
@@ -125,6 +136,7 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
     statistics = groups["statistics"]
     heads = {name: as_tensor(array) for name, array in groups["heads"].items()}
     inputs = groups["calibration"].get("inputs")
+    labels, classes = _labels(groups["calibration"], metadata)
     tasks = sorted({name.rpartition("/")[0] for name in heads}, key=str.encode)
     if missing := [f"{task}/{part}" for task in tasks for part in ("weight", "bias") if f"{task}/{part}" not in heads]:
         raise _broken(f"it lacks heads/{missing[0]}")
@@ -140,6 +152,8 @@ def unpack(base: Base, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
         calibration=None if inputs is None else as_tensor(inputs),
         previous=metadata.get("previous"),
         count=int(count),
+        labels=labels,
+        classes=classes,
     )
 
 
@@ -165,6 +179,23 @@ def _merged(base: Base, arrays: Mapping[str, np.ndarray], steps: Mapping[str, np
         if not fits or not (np.isfinite(tensor.step) & (tensor.step > 0)).all():
             raise _broken(f"the steps of {name} are no positive float32 numbers, one for each channel")
     return IntegerVector(base.weights, kept, floats)
+
+
+def _labels(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> tuple[Tensor, tuple[str, ...]] | tuple[None, None]:
+    """The calibration inputs' labels and the names of their classes; states from before they were kept have none."""
+    if "labels" not in arrays:
+        return None, None
+    labels = arrays["labels"]
+    try:
+        classes = tuple(str(name) for name in json.loads(metadata["classes"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise _broken("it has labels and no names for their classes") from error
+    fits = "inputs" in arrays and labels.shape == arrays["inputs"].shape[:1] and labels.dtype == np.int64
+    if not fits or not ((labels >= 0) & (labels < len(classes))).all():
+        raise _broken("its labels are no class numbers, one for each calibration input")
+    return as_tensor(labels), classes
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -177,9 +177,10 @@ def _toml(name: str, table: dict[str, Any]) -> str:
 
 
 def make_bundle(
-    path: Path, base: Path, task: str, *, seed: int = 0, scale: float = 0.05, classes: int = 3, calibration: int = 12
-) -> None:
-    """Writes a bundle whose weights are the base's plus noise of `scale` × their own spread."""
+    path: Path, base: Path, task: str, *, seed: int = 0, scale: float = 0.05, classes: int = 3, calibration: int = 12,
+    names: tuple[str, ...] | None = None,
+) -> None:  # fmt: skip
+    """Writes a bundle whose weights are the base's plus noise of `scale` × their own spread; `names`: of classes."""
     spec, stored = read_base_spec(base / "base.json"), open_tensors(base / "weights.safetensors").tensors
     generator = np.random.default_rng(seed)
     weights = {}
@@ -193,4 +194,6 @@ def make_bundle(
     head = Head(generator.standard_normal((classes, spec.features)).astype(np.float32), np.zeros(classes, np.float32))
     inputs = generator.standard_normal((calibration, *spec.input_shape)).astype(np.float32) if calibration else None
     labels = generator.integers(0, classes, calibration) if calibration else None
-    write_bundle(path, weights, head, task=task, base=spec, inputs=inputs, labels=labels, samples=100)
+    write_bundle(
+        path, weights, head, task=task, base=spec, inputs=inputs, labels=labels, samples=100, classes=names
+    )  # fmt: skip

@@ -79,6 +79,14 @@ def test_every_method_can_be_configured():
         ("[bus]\nidentity = 'nowhere.key'\n", "missing-path", 2, ["bus.identity", "nowhere.key", "keygen"]),
         ("[retention]\ngenerations = 1\n", "wrong-value", 2, ["retention.generations", ">= 2"]),
         ("fold.method = 3\n", "wrong-value", 1, ["fold.method"]),
+        ("[heads]\nweighting = 'uoqw'\n", "wrong-value", 2, ["heads.weighting", "'uowq'"]),
+        ("[heads]\nweighting = 'uowq'\n", "unsupported-combination", 2, ['heads.mode = "aligned"', '"tuned"']),
+        (
+            "[heads]\nmode = 'frozen'\nweighting = 'uowq'\n",
+            "unsupported-combination",
+            3,
+            ["heads.weighting", '"frozen"', '"tuned"'],
+        ),
     ],
 )
 def test_errors_name_the_key_the_line_and_the_nearest_name(tmp_path, text, code, line, words):
@@ -90,6 +98,12 @@ def test_errors_name_the_key_the_line_and_the_nearest_name(tmp_path, text, code,
     assert f"{path}, line {line}:" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_weights_of_tuning_samples_go_with_tuning(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[heads]\nmode = 'tuned'\nweighting = 'uowq'\n")
+    assert load_config(path).settings.heads.weighting == "uowq"
 
 
 @pytest.mark.parametrize(("text", "code"), [("x = [", "bad-toml"), (None, "no-config")])

@@ -49,15 +49,16 @@ def served(box: Box, task: str) -> np.ndarray:
 
 def test_the_table_is_the_alignments_own_fields():
     """Settings are typed without torch; here they are held against the dataclass that does the work."""
-    from foldd.fusion.alignment import Alignment, Mode
+    from foldd.fusion.alignment import Alignment, Mode, Weighting
 
     assert msgspec.structs.asdict(Heads()) == {field.name: field.default for field in dataclasses.fields(Alignment)}
     plan = stored_plan(plan_of(Heads()))
     assert Alignment(plan.heads, **plan.head_options) == Alignment()
     told = stored_plan(plan_of(Heads("tuned", pull=5.0, drift=0.5, labels=0.0)))
     assert Alignment(told.heads, **told.head_options) == Alignment("tuned", pull=5.0, drift=0.5, labels=0.0)
+    assert Alignment(**msgspec.structs.asdict(Heads("tuned", weighting="uowq"))).weighting == "uowq"
     types = {field.name: field.type for field in msgspec.structs.fields(Heads)}
-    assert types["mode"] == Mode
+    assert (types["mode"], types["weighting"]) == (Mode, Weighting)
 
 
 def test_a_plan_from_before_heads_could_move_leaves_them():
@@ -67,7 +68,18 @@ def test_a_plan_from_before_heads_could_move_leaves_them():
     assert (plan.heads, plan.head_options) == ("frozen", {})
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "thawed"}, {"pull": 0.0}, {"drift": 1.5}, {"labels": -1.0}, {"ridge": 1}])
+def test_a_plan_from_before_samples_were_borrowed_borrows_none():
+    from foldd.fusion.alignment import Alignment
+
+    old = plan_of(Heads("tuned"))
+    del old["head_options"]["weighting"]
+    plan = stored_plan(old)
+    assert Alignment(plan.heads, **plan.head_options) == Alignment("tuned")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "thawed"}, {"pull": 0.0}, {"drift": 1.5}, {"labels": -1.0}, {"ridge": 1}, {"weighting": 1}]
+)
 def test_what_makes_no_sense_is_refused(wrong):
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(wrong, Heads)
@@ -94,3 +106,23 @@ def test_tuning_without_labels_warns_and_aligns(make_box):
     assert aligned["warnings"] == []
     assert tuned["heads"] == aligned["heads"]
     np.testing.assert_array_equal(*(served(box, "beta") for box in boxes.values()))
+
+
+def test_domains_of_equal_classes_borrow_samples_and_the_report_says_by_what_weight(make_box):
+    names = ("cat", "dog", "owl")
+    answers, weights = {}, {}
+    for weighting in ("none", "uowq"):
+        box: Box = make_box(name=weighting, heads={"mode": "tuned", "weighting": weighting})
+        bundles = [box.bundle(n, seed=i, scale=0.5, names=names) for i, n in enumerate(("photo", "sketch"))]
+        report = folded(box, *bundles)
+        assert report["warnings"] == []
+        weights[weighting] = report["source_weights"]
+        answers[weighting] = [served(box, task) for task in ("photo", "sketch")]
+        for state in box.layout.blobs.iterdir():
+            with safe_open(state, "np") as file:
+                assert ("calibration/labels" in set(file.keys())) == (weighting == "uowq")
+    assert weights["none"] == {}
+    assert weights["uowq"].keys() == {"photo", "sketch"}
+    assert all(0 < weight < 1 for weight in weights["uowq"].values())
+    for plain, weighed in zip(*answers.values(), strict=True):
+        assert not np.allclose(plain, weighed, atol=1e-4)

@@ -130,6 +130,75 @@ def test_what_one_head_is_moved_by_does_not_depend_on_others(head: HeadTensors, 
     torch.testing.assert_close(two.weight[:CLASSES], one.weight, rtol=1e-6, atol=1e-6)
 
 
+# --- weights
+
+
+def weighted(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pull", [0.5, 20.0])
+def test_weights_are_those_of_the_whole_least_squares_problem(
+    head: HeadTensors, now: Tensor, was: Tensor, pull: float
+) -> None:
+    weights, targets = torch.linspace(0.1, 1.9, len(now), dtype=torch.float64), head.logits(was)
+    total = weights.sum()
+    mean = (weights[:, None] * now).sum(0) / total
+    energy = (weights[:, None] * (now - mean).square()).sum() / total / WIDTH
+    inputs = weights.sqrt()[:, None] * torch.cat([now - mean, torch.ones(len(now), 1)], 1)
+    pulls = torch.diag(torch.cat([(pull * energy).sqrt().expand(WIDTH), torch.tensor([(pull / WIDTH) ** 0.5])]))
+    missed = torch.cat([weights.sqrt()[:, None] * (targets - head.logits(now)), torch.zeros(WIDTH + 1, CLASSES)])
+    change = torch.linalg.lstsq(torch.cat([inputs, pulls]), missed).solution.T
+    got = prepare(now, pull, weights).move(head, targets)
+    torch.testing.assert_close(got.weight.double() - head.weight, change[:, :-1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        got.bias.double() - head.bias, change[:, -1] - change[:, :-1] @ mean, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weights_of_one_are_no_weights(head: HeadTensors, now: Tensor, was: Tensor) -> None:
+    plain, alike = prepare(now, 5.0), prepare(now, 5.0, torch.ones(len(now), dtype=torch.float64))
+    torch.testing.assert_close(alike.directions, plain.directions, rtol=1e-12, atol=1e-15)
+    assert alike.shift == plain.shift
+    one, two = (fit.move(head, head.logits(was)) for fit in (plain, alike))
+    torch.testing.assert_close(two.weight, one.weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(two.bias, one.bias, rtol=1e-6, atol=1e-6)
+
+
+def test_weight_zero_is_absence_and_weight_two_is_presence_twice(head: HeadTensors, now: Tensor, was: Tensor) -> None:
+    targets, more, said = head.logits(was), numbers(3, WIDTH, seed=20), numbers(3, CLASSES, seed=21)
+    for repeats in (0, 2):
+        weights = weighted(*[1] * len(now), *[repeats] * 3)
+        got = prepare(torch.cat([now, more]), 5.0, weights)
+        expected = prepare(torch.cat([now, *[more] * repeats]), 5.0)
+        one = got.move(head, torch.cat([targets, said]))
+        two = expected.move(head, torch.cat([targets, *[said] * repeats]))
+        torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.bias, two.bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+def test_left_out_is_the_problem_solved_anew_without_each_input(
+    head: HeadTensors, now: Tensor, was: Tensor, weigh: bool
+) -> None:
+    pull, targets = 3.0, head.logits(was)
+    weights = torch.linspace(0.1, 1.9, len(now), dtype=torch.float64) if weigh else None
+    counts = torch.ones(len(now), dtype=torch.float64) if weights is None else weights
+    mean = counts @ now / counts.sum()
+    energy = (counts[:, None] * (now - mean).square()).sum() / counts.sum() / WIDTH
+    design = torch.cat([now - mean, torch.ones(len(now), 1)], 1)
+    pulls = torch.diag(torch.cat([(pull * energy).sqrt().expand(WIDTH), torch.tensor([(pull / WIDTH) ** 0.5])]))
+    missed = targets - head.logits(now)
+    got = prepare(now, pull, weights).left_out(head, targets)
+    for i in range(len(now)):
+        kept = counts.clone()
+        kept[i] = 0
+        rows = torch.cat([kept.sqrt()[:, None] * design, pulls])
+        wanted = torch.cat([kept.sqrt()[:, None] * missed, torch.zeros(WIDTH + 1, CLASSES)])
+        change = torch.linalg.lstsq(rows, wanted).solution
+        torch.testing.assert_close(got[i], head.logits(now[i]) + design[i] @ change, rtol=1e-4, atol=1e-4)
+
+
 # --- labels
 
 

@@ -96,6 +96,42 @@ def test_a_broken_state_is_named(state: MergeState, change: Any, code: str) -> N
     assert caught.value.code == code
 
 
+@pytest.fixture
+def labelled(state: MergeState) -> MergeState:
+    assert state.calibration is not None
+    return replace(state, labels=torch.arange(len(state.calibration)) % 3, classes=("cat", "dög", "owl"))
+
+
+def test_labels_and_class_names_round_trip(labelled: MergeState) -> None:
+    got = unpack(labelled.base, *pack(labelled))
+    assert got.labels is not None
+    assert labelled.labels is not None
+    assert torch.equal(got.labels, labelled.labels)
+    assert got.labels.dtype == torch.int64
+    assert got.classes == ("cat", "dög", "owl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, m: m.pop("classes"),
+        lambda t, m: m.update(classes="[" * 9),
+        lambda t, m: m.update(classes="7"),
+        lambda t, m: m.update(classes='["only one"]'),
+        lambda t, m: t.pop("calibration/inputs"),
+        lambda t, m: t.update({"calibration/labels": np.zeros(3, np.int64)}),
+        lambda t, m: t.update({"calibration/labels": t["calibration/labels"] - 1}),
+        lambda t, m: t.update({"calibration/labels": t["calibration/labels"].astype(np.float32)}),
+    ],
+)
+def test_labels_that_number_nothing_are_a_broken_state(labelled: MergeState, change: Any) -> None:
+    tensors, metadata = pack(labelled)
+    change(tensors, metadata)
+    with pytest.raises(BadSetup, match="labels") as caught:
+        unpack(labelled.base, tensors, metadata)
+    assert caught.value.code == "broken-state"
+
+
 def test_merged_weights_are_base_plus_vector(state: MergeState) -> None:
     weights = merged_weights(state)
     for name, weight in state.base.weights.items():
