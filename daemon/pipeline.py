@@ -42,7 +42,8 @@ from foldd.fusion.state import MergeState, empty_state, merged_weights, pack, un
 
 # Share of a job's time that each stage takes, about; only for the progress display.
 _SHARES = {"verify": 0.05, "fold": 0.80, "export": 0.05, "gate": 0.05, "stage": 0.05}
-_SHARES_QUANTIZED = {"verify": 0.05, "fold": 0.20, "quantize": 0.60, "export": 0.05, "gate": 0.05, "stage": 0.05}
+_SHARES_ROUNDED = {"verify": 0.05, "fold": 0.60, "quantize": 0.15, "export": 0.05, "gate": 0.10, "stage": 0.05}
+_SHARES_RECONSTRUCTED = {"verify": 0.05, "fold": 0.20, "quantize": 0.60, "export": 0.05, "gate": 0.05, "stage": 0.05}
 
 
 @dataclass
@@ -82,7 +83,7 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         BadSetup: the state directory is wrong.
     """
     reset_peak()
-    stages = Stages(send, _SHARES if job.plan.format == "float" else _SHARES_QUANTIZED)
+    stages = Stages(send, _shares(job.plan))
     root = layout.root
     torch.set_num_threads(job.plan.threads)
     target = layout.stage(job.sha256)
@@ -137,6 +138,12 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         peak_rss_bytes=peak,
         warnings=warnings,
     )
+
+
+def _shares(plan: Plan) -> Mapping[str, float]:
+    if plan.format == "float":
+        return _SHARES
+    return _SHARES_RECONSTRUCTED if plan.iterations else _SHARES_ROUNDED
 
 
 def _verify(job: Job, base: Base) -> Checkpoint:
