@@ -1,4 +1,4 @@
-"""Standard output whose reader, `head` say, may have seen enough before a command has told everything."""
+"""What people read: standard output whose reader, `head` say, may have seen enough before all is told; sizes."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def _reader_is_gone(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)  # errors are told whatever is asked for
     return bool(poll.poll(0))
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes as people read it: `36.3 kB`, `12.4 MB`."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 999_950 else f"{count / 1e6:.1f} MB"

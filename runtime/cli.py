@@ -20,6 +20,7 @@ import numpy as np
 from foldd.core.errors import BadRequest, BadSetup, FolddError
 from foldd.core.manifest import read_manifest
 from foldd.core.notify import notify, watchdog_interval_s
+from foldd.core.outputs import check_not_input
 from foldd.core.signatures import PublicIdentity, read_identity, read_public
 from foldd.core.terminal import tell
 from foldd.runtime.fetch import Fetcher, Source
@@ -117,6 +118,8 @@ def _source(arguments: argparse.Namespace, trusted: tuple[PublicIdentity, ...], 
 def _infer(arguments: argparse.Namespace) -> int:
     from foldd.runtime.slot import Slot  # onnxruntime only where it is needed
 
+    if arguments.output is not None:
+        check_not_input(arguments.output, [arguments.input])
     slot = Slot(arguments.state, _trusted(arguments) or None)
     slot.refresh()
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from foldd.core.base_spec import BaseSpec, read_base_spec
 from foldd.core.errors import BadSetup
+from foldd.core.terminal import in_bytes
 from foldd.daemon.commands.common import DAEMON_PACKAGES, add_config, add_json, config_of, print_json, require
 from foldd.daemon.config import Config
 from foldd.daemon.keys import daemon_identity
@@ -53,7 +54,7 @@ def _init(arguments: argparse.Namespace) -> int:
     else:
         print(f"{config.root} is ready for base {spec.digest[:16]}…")
         print(
-            f"  {len(spec.tensors)} tensors, {spec.float_bytes / 1e6:.1f} MB in float32, "
+            f"  {len(spec.tensors)} tensors, {in_bytes(spec.float_bytes)} in float32, "
             f"input {list(spec.input_shape)}, {spec.features} features"
         )
         print(f"  next: foldd run --config {config.path}")
