@@ -186,7 +186,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     host, _, port = arguments.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise BadSetup("bad-listen", f"--listen {arguments.listen} is not HOST:PORT.")
+        raise BadSetup(
+            "bad-listen",
+            f"--listen {arguments.listen} is not HOST:PORT.",
+            remedy="Write 127.0.0.1:8470; ports are up to 65535.",
+        )
     trusted = _trusted(arguments)
     runtime = Runtime(
         arguments.state,
