@@ -15,6 +15,24 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
     Raises:
         BadSetup: `no-such-folder`, `cannot-write`, `output-exists`, `output-is-input`.
     """
+    check_folder(output)
+    if output.is_dir():
+        raise BadSetup("output-exists", f"{output} is a folder that exists already.", remedy="Name a new one.")
+    if output.exists() and not output.is_file():
+        raise BadSetup(
+            "output-exists",
+            f"{output} is a device, a pipe or a socket, and a file put in its place would remove it.",
+            remedy="Write to a file.",
+        )
+    check_not_input(output, inputs)
+
+
+def check_folder(output: Path) -> None:
+    """Whether something can be made in the folder of a path.
+
+    Raises:
+        BadSetup: `no-such-folder`, `cannot-write`.
+    """
     folder = output.absolute().parent
     if not folder.is_dir():
         raise BadSetup(
@@ -29,15 +47,6 @@ def check_output(output: Path, inputs: Iterable[Path]) -> None:
             why="the folder is another user's, or its disk is mounted for reading only.",
             remedy="Write elsewhere.",
         )
-    if output.is_dir():
-        raise BadSetup("output-exists", f"{output} is a folder that exists already.", remedy="Name a new one.")
-    if output.exists() and not output.is_file():
-        raise BadSetup(
-            "output-exists",
-            f"{output} is a device, a pipe or a socket, and a file put in its place would remove it.",
-            remedy="Write to a file.",
-        )
-    check_not_input(output, inputs)
 
 
 def check_not_input(output: Path, inputs: Iterable[Path]) -> None:

@@ -58,16 +58,14 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise BadConfig(
-            "no-config",
-            f"{path} cannot be read: {error.strerror}.",
-            why="none was made yet, or it is elsewhere." if missing else "",
-            remedy=f"Make one with `touch {path}`: every key has a default, and the commented config.toml that comes with "
-            "foldd shows them. Or name another file with --config FILE."
-            if missing
-            else "Name another file with --config FILE.",
-        ) from error
+        why, remedy = "", "Name another file with --config FILE."
+        if isinstance(error, FileNotFoundError):
+            why = "none was made yet, or it is elsewhere."
+            remedy = (
+                f"Make one with `touch {path}`: every key has a default, and the commented config.toml that comes with "
+                "foldd shows them. Or name another file with --config FILE."
+            )
+        raise BadConfig("no-config", f"{path} cannot be read: {error.strerror}.", why=why, remedy=remedy) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig("bad-toml", f"{path} is not valid TOML: {error}.") from error
     try:

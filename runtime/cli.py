@@ -20,9 +20,9 @@ import numpy as np
 from foldd.core.errors import BadRequest, BadSetup, FolddError
 from foldd.core.manifest import read_manifest
 from foldd.core.notify import notify, watchdog_interval_s
-from foldd.core.outputs import check_not_input
+from foldd.core.outputs import check_folder, check_not_input
 from foldd.core.signatures import PublicIdentity, read_identity, read_public
-from foldd.core.terminal import tell
+from foldd.core.terminal import CommandParser, tell
 from foldd.runtime.fetch import Fetcher, Source
 from foldd.runtime.store import Store
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="foldd-runtime", description="Serve the model that a foldd daemon keeps.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     infer = commands.add_parser("infer", help="answer one .npy file")
     infer.set_defaults(run=_infer)
@@ -120,6 +120,8 @@ def _infer(arguments: argparse.Namespace) -> int:
 
     if arguments.output is not None:
         check_not_input(arguments.output, [arguments.input])
+        if not arguments.output.exists():  # what exists is written into, a pipe or device too
+            check_folder(arguments.output)
     slot = Slot(arguments.state, _trusted(arguments) or None)
     slot.refresh()
     try:

@@ -200,6 +200,13 @@ def test_endpoints_are_checked_before_keys(tmp_path: Path) -> None:
         Channel("127.0.0.1:5757", None, None)
 
 
+def test_a_bus_that_admits_nobody_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with running(tmp_path):
+        assert "admits nobody" not in caplog.text
+    with running(tmp_path, submitters="", devices=""):
+        assert "admits nobody" in caplog.text
+
+
 def test_no_identity_no_bus(tmp_path: Path) -> None:
     with pytest.raises(BadSetup) as raised:
         BusServer(BusSettings(bind="tcp://127.0.0.1:*"), None, tmp_path, lambda path, sender: None, lambda: None)

@@ -128,6 +128,7 @@ def test_pack_quantized_refuses_what_no_integer_stands_for(box, tmp_path, capsys
         (["pack", "nowhere.safetensors", "-o", "x"], "cannot be read"),
         (["submit", "nowhere.safetensors"], "no file"),
         (["keygen", "../evil"], "cannot name a key"),
+        (["submit", __file__, "--to", "127.0.0.1:5757"], "Write tcp://127.0.0.1:5757"),
     ],
 )
 def test_failures_are_sentences(tmp_path, monkeypatch, capsys, arguments, words):
@@ -204,6 +205,21 @@ def test_pack_names_the_option_that_is_wrong(box, tmp_path, monkeypatch, capsys,
     assert words in said
     assert "What to do" in said
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pack", "w", "-o", "x", "--taks", "t"], ["usage: foldd pack", "unrecognized arguments: --taks t"]),
+        (["submit", "f", "--to", "tcp://box:1", "--wait", "2"], ["usage: foldd submit", "--wait: not allowed with"]),
+    ],
+)
+def test_wrong_options_are_told_with_the_commands_own_usage(capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
 
 
 def test_keygen_never_replaces_a_public_key(tmp_path, capsys):

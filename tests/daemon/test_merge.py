@@ -330,6 +330,7 @@ def test_every_difference_is_named_at_once(files, tmp_path, capsys):
         (["zero", "one", "--method", "otmf"], "--method regmean"),
         (["zero", "one", "--method", "tie"], "Did you mean ties?"),
         (["zero", "one", "--method", "ties", "--option", "densty=1"], "density, scaling"),
+        (["zero", "one", "--method", "ties", "--option", "density"], "--option density gives no value"),
         (["zero", "one", "--method", "ties", "--option", "density=much"], "density"),
         (["zero", "one", "--method", "ties", "--option", "density=7"], "[0, 1]"),
         (["zero", "none", "--method", "average"], "There is no"),
