@@ -12,6 +12,12 @@ _ADAPTER = re.compile(r"(^|[._])lora_")
 _SHARD = re.compile(r"(?P<model>.+)-\d{5}-of-\d{5}\.safetensors")
 
 
+def sharded_model(name: str) -> str | None:
+    """The model that a file is one shard of, by the names that transformers gives; None for any other file."""
+    shard = _SHARD.fullmatch(name)
+    return shard["model"] if shard else None
+
+
 def unknown_tensors(name: str, unknown: Sequence[str]) -> BadCheckpoint:
     """`unknown-tensors`, of a file called `name`."""
     if any(_ADAPTER.search(tensor) for tensor in unknown):
@@ -27,8 +33,7 @@ def unknown_tensors(name: str, unknown: Sequence[str]) -> BadCheckpoint:
 
 def missing_tensors(name: str, missing: Sequence[str]) -> BadCheckpoint:
     """`missing-tensors`, of a file called `name`."""
-    if shard := _SHARD.fullmatch(name):
-        model = shard["model"]
+    if model := sharded_model(name):
         why = "it is one shard of a model that was saved in several files."
         remedy = (
             f"Make one file of them first: foldd merge {model}.safetensors.index.json --method average "

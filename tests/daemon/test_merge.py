@@ -322,6 +322,14 @@ def test_every_difference_is_named_at_once(files, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_one_shard_of_a_model_is_known_as_such(files, tmp_path, capsys):
+    content = tensors(3)
+    del content["net.bias"]
+    shard = save(tmp_path / "big-00001-of-00002.safetensors", content)
+    assert merge(*files, shard, "--method", "average", "-o", tmp_path / "out.safetensors") == 2
+    assert "name big.safetensors.index.json, its index" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
