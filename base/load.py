@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from foldd.core.errors import BadSetup
 from foldd.core.tensorfile import open_tensors
 
+_WEIGHTS_ALONE = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 SEED = 0  # of the example input; only its shape matters
 
 
@@ -37,6 +38,7 @@ def load_program(
     if source.endswith(".pt2"):
         program = _load_archive(Path(source))
     else:
+        _check_is_factory(source)
         if weights is None or not input_shape:
             raise BadSetup(
                 "base-incomplete",
@@ -102,21 +104,41 @@ def _load_archive(path: Path) -> ExportedProgram:
         ) from error
 
 
+def _check_is_factory(source: str) -> None:
+    place, _, name = source.rpartition(":")
+    if place and name:
+        return
+    if source.endswith(_WEIGHTS_ALONE):
+        what = f"{source} is no base network: it holds weights, and not the network that they belong to."
+        remedy = "Name the network with --base path/to/file.py:factory, and its weights with --weights base.safetensors"
+        remedy += "." if source.endswith(".safetensors") else " (pickles are not read)."
+    else:
+        what, remedy = f"{source!r} names no base network.", "Use package.module:factory or path/to/file.py:factory."
+    raise BadSetup("bad-base", what, remedy=f"{remedy} Or give model.pt2, as torch.export.save writes it.")
+
+
 def _call_factory(source: str) -> nn.Module:
-    place, colon, name = source.rpartition(":")
-    if not colon or not place or not name:
-        raise BadSetup(
-            "bad-base",
-            f"{source!r} names no base network.",
-            remedy="Use model.pt2, package.module:factory or path/to/file.py:factory.",
-        )
+    place, _, name = source.rpartition(":")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         model: Any = getattr(module, name)()
     except Exception as error:
-        raise BadSetup("bad-base", f"{source} could not be called: {type(error).__name__}: {error}") from error
+        file = Path(*place.split(".")).with_suffix(".py")
+        if isinstance(error, ModuleNotFoundError) and error.name == place.partition(".")[0] and file.is_file():
+            remedy = f"Write {file}:{name}: modules are looked for among the installed packages, not in this folder."
+        else:
+            remedy = (
+                "It must be importable, callable without arguments, and return the network; try it in Python first."
+            )
+        raise BadSetup(
+            "bad-base", f"{source} could not be called: {type(error).__name__}: {error}.", remedy=remedy
+        ) from error
     if not isinstance(model, nn.Module):
-        raise BadSetup("bad-base", f"{source} returned a {type(model).__name__}, not a torch.nn.Module.")
+        raise BadSetup(
+            "bad-base",
+            f"{source} returned a {type(model).__name__}, not a torch.nn.Module.",
+            remedy="Let the factory return the network itself.",
+        )
     return model
 
 

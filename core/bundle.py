@@ -15,6 +15,7 @@ import numpy as np
 
 from foldd.core.base_spec import BaseSpec
 from foldd.core.bundle_fields import checked_task, read_calibration, read_classes, read_head, read_samples, some
+from foldd.core.bundle_names import missing_tensors, unknown_tensors
 from foldd.core.digests import TensorDigest, sha256_file
 from foldd.core.errors import BadCheckpoint
 from foldd.core.files import build_file
@@ -58,18 +59,23 @@ def open_bundle(path: Path, base: BaseSpec, *, sha256: str | None = None, name: 
 
     Args:
         sha256: digest of the file where it is already known.
-        name: file name to take a plain checkpoint's task from, where it is not the path's own.
+        name: file name that errors tell, and that a plain checkpoint's task is taken from, where it is not the path's
+            own.
 
     Raises:
         BadCheckpoint: with a code of its own for each way to be wrong; docs/formats.md lists them.
     """
-    size = path.stat().st_size
+    name, size = name or path.name, path.stat().st_size
     if size > MAX_BUNDLE_BYTES:
-        raise BadCheckpoint("too-large", f"{path.name} is {size} bytes, the limit is {MAX_BUNDLE_BYTES}.")
-    file = open_tensors(path)
-    if sum(len(k) + len(v) for k, v in file.metadata.items()) > MAX_METADATA_BYTES:
-        raise BadCheckpoint("metadata-too-large", f"{path.name}: metadata over {MAX_METADATA_BYTES} bytes.")
-    name = name or path.name
+        raise BadCheckpoint("too-large", f"{name} is {size} bytes, the limit is {MAX_BUNDLE_BYTES}.")
+    file = open_tensors(path, name=name)
+    if (size := sum(len(k) + len(v) for k, v in file.metadata.items())) > MAX_METADATA_BYTES:
+        raise BadCheckpoint(
+            "metadata-too-large",
+            f"{name} has {size} bytes of metadata, the limit is {MAX_METADATA_BYTES}.",
+            why="whatever wrote it put a training log or a configuration into the header.",
+            remedy="Save it with foldd's own metadata only: `foldd pack` does.",
+        )
     sha256 = sha256 or sha256_file(path)
     if "foldd.format" in file.metadata:
         return _open_marked(file, base, sha256, name)
@@ -161,12 +167,7 @@ def _canonical(parameters: dict[str, StoredTensor], base: BaseSpec, name: str) -
     """Checks names, shapes and types; drops counters and the aliases of tied tensors."""
     parameters = {t: stored for t, stored in parameters.items() if t not in base.ignored}
     if unknown := [t for t in parameters if t not in base.tensors]:
-        raise BadCheckpoint(
-            "unknown-tensors",
-            f"{name}: the base has no tensor {some(unknown)}.",
-            why="another architecture, or names with a prefix such as `module.`.",
-            remedy="Save the state dict under the base's own names.",
-        )
+        raise unknown_tensors(name, unknown)
     kept: dict[str, StoredTensor] = {}
     for tensor, stored in parameters.items():
         spec = base.tensors[tensor]
@@ -196,12 +197,7 @@ def _canonical(parameters: dict[str, StoredTensor], base: BaseSpec, name: str) -
         kept.setdefault(canonical, stored)
     missing = [t for t, spec in base.canonical.items() if spec.role is not Role.COUNTER and t not in kept]
     if missing:
-        raise BadCheckpoint(
-            "missing-tensors",
-            f"{name} lacks {some(missing)}.",
-            why="an adapter or a part of the model was saved instead of the whole.",
-            remedy="Save every weight and buffer of the model (integer counters may be left out).",
-        )
+        raise missing_tensors(name, missing)
     return {t: kept[t] for t in sorted(kept, key=str.encode)}
 
 

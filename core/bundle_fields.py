@@ -67,10 +67,22 @@ def read_calibration(
     if labels is None:
         return inputs.float32(), None
     if labels.shape != inputs.shape[:1] or labels.is_float:
-        raise BadCheckpoint("wrong-calibration", f"{name}: calibration/labels must be integers [{inputs.shape[0]}].")
+        raise BadCheckpoint(
+            "wrong-calibration",
+            f"{name}: calibration/labels is {labels.dtype} {list(labels.shape)}, expected integers "
+            f"[{inputs.shape[0]}].",
+            why="they belong to other inputs, or are one-hot.",
+            remedy="Store one class number an input, or leave the labels out: they are optional.",
+        )
     values = labels.stored().astype(np.int64)
     if values.min() < 0 or values.max() >= classes:
-        raise BadCheckpoint("wrong-calibration", f"{name}: a calibration label is outside 0…{classes - 1}.")
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise BadCheckpoint(
+            "wrong-calibration",
+            f"{name}: a calibration label is {wrong}, and the head has classes 0…{classes - 1}.",
+            why="the labels count from 1, or are those of another task or of the whole data set.",
+            remedy="Number them as the head's rows, or leave the labels out: they are optional.",
+        )
     return inputs.float32(), values
 
 
@@ -90,7 +102,12 @@ def read_samples(text: str | None, name: str) -> int | None:
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or len(text) > 15 or int(text) == 0:
-        raise BadCheckpoint("bad-metadata", f"{name}: foldd.samples is {text[:40]!r}, expected a positive integer.")
+        raise BadCheckpoint(
+            "bad-metadata",
+            f"{name}: foldd.samples is {text[:40]!r}, expected a positive integer.",
+            why="it was written by hand; it stands for the number of training samples.",
+            remedy="Write it in digits, or leave it out.",
+        )
     return int(text)
 
 
@@ -103,11 +120,21 @@ def read_classes(text: str | None, count: int, name: str) -> tuple[str, ...] | N
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or len(names) != count or not all(isinstance(n, str) for n in names):
-        raise BadCheckpoint("bad-metadata", f"{name}: foldd.classes must be a JSON list of {count} strings.")
+        raise BadCheckpoint(
+            "bad-metadata",
+            f"{name}: foldd.classes must be a JSON list of {count} strings, one for each row of the head.",
+            why="the names are another task's, or were not written as JSON.",
+            remedy="Name each class once, or leave foldd.classes out; classes are then numbered.",
+        )
     try:
         size = sum(len(n.encode()) + 3 for n in names)
     except UnicodeEncodeError as error:
-        raise BadCheckpoint("bad-metadata", f"{name}: a class name is no valid text: {error.reason}.") from error
+        raise BadCheckpoint(
+            "bad-metadata",
+            f"{name}: a class name is no valid text: {error.reason}.",
+            why="it was read from a file in another encoding.",
+            remedy="Write class names in UTF-8, or leave foldd.classes out; classes are then numbered.",
+        ) from error
     if size > MAX_CLASS_NAMES_BYTES:
         raise BadCheckpoint(
             "bad-metadata",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -43,7 +44,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def build_file(path: Path, build: Callable[[Path], None], *, mode: int = 0o644) -> None:
-    """Lets `build` write a temporary file beside `path`, then puts it in place durably."""
+    """Lets `build` write a temporary file beside `path`, then puts it in place durably.
+
+    Raises:
+        FileExistsError: something else than a file has the name: a rename would do away with a device or a pipe.
+    """
+    _check_replaceable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
@@ -56,6 +62,15 @@ def build_file(path: Path, build: Callable[[Path], None], *, mode: int = 0o644) 
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise FileExistsError(errno.EEXIST, "no regular file, so none is put in its place", str(path))
 
 
 def place(source: Path, target: Path) -> None:

@@ -62,16 +62,18 @@ def write_identity(identity: Identity, folder: Path) -> tuple[Path, Path]:
     """Writes NAME.key (0600) and NAME.pub.
 
     Raises:
-        BadSetup: `key-exists`: an existing secret key is never overwritten.
+        BadSetup: `key-exists`: an existing key, secret or public, is never overwritten.
     """
     secret, public = folder / f"{identity.name}.key", folder / f"{identity.name}.pub"
-    if secret.exists():
-        raise BadSetup(
-            "key-exists",
-            f"{secret} exists.",
-            why="keygen was run before; whoever trusts that key would no longer know this side.",
-            remedy="Choose another name, or remove the old key first if it is to be replaced.",
-        )
+    for path in (secret, public):
+        if path.exists():
+            raise BadSetup(
+                "key-exists",
+                f"{path} exists.",
+                why="keygen was run before, or this is a folder of others' keys; whoever trusts that key would no "
+                "longer know its owner.",
+                remedy="Choose another name, or remove the old key, .key and .pub, first if it is to be replaced.",
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_file(secret, msgspec.json.encode(identity) + b"\n", mode=0o600)
     write_file(public, msgspec.json.encode(identity.public) + b"\n")

@@ -138,13 +138,16 @@ def header_length(path: Path) -> int | None:
     return 8 + size + max(ends, default=0) if all(type(end) is int for end in ends) else None
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, *, name: str | None = None) -> TensorFile:
     """Opens a file for reading.
+
+    Args:
+        name: what errors call the file, where that is not its path's own name.
 
     Raises:
         BadCheckpoint: `not-safetensors`, `truncated`, `header-too-large`, `too-many-tensors`, `unknown-dtype`.
     """
-    size = path.stat().st_size
+    name, size = name or path.name, path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
     if len(prefix) == 8 and prefix != b"\0" * 8:
@@ -152,14 +155,14 @@ def open_tensors(path: Path) -> TensorFile:
         if MAX_HEADER_BYTES < header < size:
             raise BadCheckpoint(
                 "header-too-large",
-                f"{path.name}: its header is {header} bytes long, the limit is {MAX_HEADER_BYTES}.",
+                f"{name}: its header is {header} bytes long, the limit is {MAX_HEADER_BYTES}.",
                 remedy="Put large data into tensors, not into the metadata.",
             )
     promised = header_length(path)
     if promised is not None and size < promised:
         raise BadCheckpoint(
             "truncated",
-            f"{path.name} is {size} bytes long, its header promises {promised}.",
+            f"{name} is {size} bytes long, its header promises {promised}.",
             why="the copy was interrupted, or its writer is gone.",
             remedy="Drop the file again; write it elsewhere and move it in, so that it appears whole.",
         )
@@ -169,35 +172,33 @@ def open_tensors(path: Path) -> TensorFile:
     except (SafetensorError, OSError) as error:
         raise BadCheckpoint(
             "not-safetensors",
-            f"{path.name} is not a valid .safetensors file: {error}.",
+            f"{name} is not a valid .safetensors file: {error}.",
             why="another kind of file, a pickle (.pt, .bin), or a damaged copy.",
             remedy="Save the checkpoint with safetensors; foldd never unpickles anything that arrives.",
         ) from error
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(length))
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    entries = {tensor: entry for tensor, entry in header.items() if tensor != "__metadata__"}
     if len(entries) > MAX_TENSORS:
-        raise BadCheckpoint(
-            "too-many-tensors", f"{path.name} holds {len(entries)} tensors, the limit is {MAX_TENSORS}."
-        )
+        raise BadCheckpoint("too-many-tensors", f"{name} holds {len(entries)} tensors, the limit is {MAX_TENSORS}.")
     data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     tensors = {}
-    for name in sorted(entries, key=str.encode):
-        entry = entries[name]
+    for tensor in sorted(entries, key=str.encode):
+        entry = entries[tensor]
         dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
         if dtype not in _NUMPY and dtype != "BF16":
             raise BadCheckpoint(
                 "unknown-dtype",
-                f"{path.name}: tensor {name!r} has type {dtype}.",
+                f"{name}: tensor {tensor!r} has type {dtype}.",
                 remedy=f"Store it as one of {', '.join(sorted({*_NUMPY, 'BF16'}))}.",
             )
         shape = tuple(entry["shape"])
         # Zero-size tensors may have any other dimensions, and numpy refuses to view the largest ones.
         if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > 2**62:
-            raise BadCheckpoint("bad-shape", f"{path.name}: tensor {name!r} has shape {str(list(shape))[:100]}.")
+            raise BadCheckpoint("bad-shape", f"{name}: tensor {tensor!r} has shape {str(list(shape))[:100]}.")
         first = 8 + length + begin
-        tensors[name] = StoredTensor(name, dtype, shape, first, np.asarray(data[first : 8 + length + end]))
+        tensors[tensor] = StoredTensor(tensor, dtype, shape, first, np.asarray(data[first : 8 + length + end]))
     return TensorFile(path, tensors, metadata)
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from foldd.core.errors import BadRequest
+from foldd.core.errors import BadRequest, BadSetup
 
 PROTOCOL = 1
 MAX_HEADER_BYTES = 16 * 1024
@@ -203,6 +203,36 @@ def decode_reply(header: bytes) -> Reply:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest("malformed", f"A reply cannot be read: {error}.") from error
     return reply
+
+
+def check_endpoint(endpoint: str, *, bind: bool = False) -> None:
+    """Whether an endpoint is written as one; libzmq takes a port beyond 65535 and uses another.
+
+    Args:
+        bind: it is to be bound: the host `*` is every address of this machine, the port `*` or 0 a free one.
+
+    Raises:
+        BadSetup: `bad-endpoint`.
+    """
+    scheme, separator, rest = endpoint.partition("://")
+    host, _, port = rest.rpartition(":")
+    if not separator:
+        what = "names no transport"
+    elif scheme in ("ipc", "inproc"):
+        what = "" if rest else "names no path"
+    elif scheme != "tcp":
+        what = f"has the transport {scheme!r}, which the bus does not speak"
+    elif not host or (host == "*" and not bind):
+        what = "names no host"
+    elif bind and port in ("*", "0"):
+        what = ""
+    elif not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535):
+        what = f"has the port {port[:20]!r}, and ports are 1 to 65535"
+    else:
+        what = ""
+    if what:
+        written = f"tcp://{endpoint}" if not separator and ":" in endpoint else "tcp://host:port"
+        raise BadSetup("bad-endpoint", f"{endpoint!r} {what}.", remedy=f"Write {written}.")
 
 
 def is_local(endpoint: str) -> bool:

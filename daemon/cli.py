@@ -15,7 +15,7 @@ from pathlib import Path
 
 import foldd
 from foldd.core.errors import FolddError
-from foldd.core.terminal import tell
+from foldd.core.terminal import CommandParser, tell
 from foldd.daemon.commands import bundles, decide, merge, service, show, transfer
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line; a test walks it."""
     top = argparse.ArgumentParser(prog="foldd", description="Continual model merging for edge devices.")
     top.add_argument("--version", action="version", version=f"foldd {foldd.__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     for group in (service, show, decide, bundles, merge, transfer):
         group.add(commands)
     demo = commands.add_parser("demo", help="the main job on real data, start to end, in a few minutes")

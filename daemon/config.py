@@ -9,11 +9,12 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 
-from foldd.core.errors import BadConfig
+from foldd.core.errors import BadConfig, BadSetup
+from foldd.core.wire import check_endpoint
 from foldd.daemon.settings import Settings
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$(?P<path>.*)`)?")
@@ -57,9 +58,14 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text)
     except OSError as error:
-        raise BadConfig(
-            "no-config", f"{path} cannot be read: {error.strerror}.", remedy="Name the file with --config FILE."
-        ) from error
+        why, remedy = "", "Name another file with --config FILE."
+        if isinstance(error, FileNotFoundError):
+            why = "none was made yet, or it is elsewhere."
+            remedy = (
+                f"Make one with `touch {path}`: every key has a default, and the commented config.toml that comes with "
+                "foldd shows them. Or name another file with --config FILE."
+            )
+        raise BadConfig("no-config", f"{path} cannot be read: {error.strerror}.", why=why, remedy=remedy) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig("bad-toml", f"{path} is not valid TOML: {error}.") from error
     try:
@@ -69,6 +75,7 @@ def load_config(path: Path) -> Config:
     config = Config(settings, path.resolve())
     _check_paths(config, text)
     _check_weighting(config, text)
+    _check_endpoints(config, text)
     return config
 
 
@@ -97,17 +104,29 @@ def _explain(message: str, path: Path, text: str) -> BadConfig:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         what = f"{given[1]!r} is none of its values"
         remedy = f"{hint}Valid: {', '.join(choices)}."
+        if key == ["fold", "data_free_method"] and given[1] in _choices(["fold", "method"]):
+            what = f"{given[1]!r} needs calibration inputs, and this method is for checkpoints that bring none"
+            remedy = f"Choose one of {', '.join(choices)}."
     else:
         remedy = "The commented config.toml that comes with foldd shows every key with its default."
     return BadConfig("wrong-value", f"{path}, line {_line(text, key)}: {'.'.join(key)}: {what}.", remedy=remedy)
 
 
 def _choices(key: list[str]) -> list[str]:
-    """The values of a key that takes one of a few words; empty for all others."""
+    """The values of a key that takes one of a few words, or a number too; empty for all others."""
     if not key or key[-1] not in _fields(key[:-1]):
         return []
-    kind = _type_of(key)
-    return [str(value) for value in getattr(kind, "__args__", ()) if isinstance(value, str)]
+    return list(_words(_type_of(key)))
+
+
+def _words(kind: Any) -> Iterable[str]:
+    if get_origin(kind) is Annotated:
+        yield "a number"
+    for value in get_args(kind) if get_origin(kind) is not Annotated else ():
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from _words(value)
 
 
 def _keys(path: str | None) -> list[str]:
@@ -182,3 +201,17 @@ def _check_weighting(config: Config, text: str) -> None:
             f'and heads.mode = "{heads.mode}" looks at no labels.',
             remedy='Set heads.mode = "tuned", the nearest mode that does, or leave heads.weighting out.',
         )
+
+
+def _check_endpoints(config: Config, text: str) -> None:
+    bus = config.settings.bus
+    given = [("bind", bus.bind, True), ("announce", bus.announce, True)]
+    given += [("subscribe", publisher.endpoint, False) for publisher in bus.subscribe]
+    for name, endpoint, bind in given:
+        if not endpoint and name != "subscribe":
+            continue
+        try:
+            check_endpoint(endpoint, bind=bind)
+        except BadSetup as error:
+            where = f"{config.path}, line {_line(text, ['bus', name])}: bus.{name}"
+            raise BadConfig(error.code, f"{where}: {error.what}", remedy=error.remedy) from error

@@ -62,6 +62,16 @@ class Layout:
         return self.root / "base"
 
     @property
+    def new_base(self) -> Path:
+        """A base that `foldd init` is taking apart."""
+        return self.root / "base.part"
+
+    @property
+    def old_base(self) -> Path:
+        """The base that another one is just taking the place of."""
+        return self.root / "base.old"
+
+    @property
     def keys(self) -> Path:
         return self.root / "keys"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from foldd.core.base_spec import read_base_spec
 from foldd.core.errors import Unavailable
 from foldd.core.notify import notify, watchdog_interval_s
+from foldd.daemon.base_folder import restore_base
 from foldd.daemon.commit import Committer
 from foldd.daemon.config import Config
 from foldd.daemon.foreman import Foreman
@@ -71,10 +72,12 @@ class Supervisor:
         Raises:
             BadSetup: the state directory, the keys or the bus are not in order.
         """
-        base = read_base_spec(self._layout.base / "base.json")
+        whole = self._layout.base if self._layout.base.exists() else self._layout.old_base  # where an `init` was cut
+        base = read_base_spec(whole / "base.json")
         with ExitStack() as stack:
             self._layout.create()
             stack.enter_context(daemon_lock(self._layout.lock))
+            restore_base(self._layout)
             stack.enter_context(self._signals())
             self._ledger = Ledger(self._layout.ledger)
             stack.callback(self._ledger.close)

@@ -39,7 +39,12 @@ def verify_values(checkpoint: Checkpoint, role: Callable[[str], Role], base: Cal
         if role(name) is Role.STATISTIC and name.endswith("running_var"):
             variance = tensor.float32() + (base(name) if checkpoint.is_delta else 0)
             if variance.min(initial=0) < 0:
-                raise BadCheckpoint("negative-variance", f"{checkpoint.task}: {name} has a negative value.")
+                raise BadCheckpoint(
+                    "negative-variance",
+                    f"{checkpoint.task}: {name} holds {variance.min():.3g}, and no variance is negative.",
+                    why="statistics were averaged or extrapolated as if they were weights, or the file is damaged.",
+                    remedy="Save the model's own running statistics, as training left them.",
+                )
     if not alive:
         raise _all_zero(checkpoint, "every parameter")
     for name, array in (

@@ -14,7 +14,17 @@ import zmq
 from foldd.core.errors import BadSetup
 from foldd.core.manifest import MAX_MANIFEST_BYTES
 from foldd.core.signatures import Identity, PublicIdentity
-from foldd.core.wire import CREDIT, MANIFEST_TOPIC, MAX_CHUNK_BYTES, Reply, Request, decode_reply, encode, is_local
+from foldd.core.wire import (
+    CREDIT,
+    MANIFEST_TOPIC,
+    MAX_CHUNK_BYTES,
+    Reply,
+    Request,
+    check_endpoint,
+    decode_reply,
+    encode,
+    is_local,
+)
 
 HEARTBEAT_MS = 5_000  # a daemon that is gone without a word is noticed within three of these
 _CURVE_BYTES = 256  # what encryption adds to a frame (33) counts too
@@ -44,6 +54,7 @@ class Channel:
         self.endpoint = endpoint
         self.connections = 0  # made so far; what was under way when it rises is lost and must be asked for again
         for address in filter(None, (endpoint, announcements)):
+            check_endpoint(address)
             if identity is None and not is_local(address):
                 raise BadSetup(
                     "plaintext-not-loopback",

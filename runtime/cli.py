@@ -20,8 +20,9 @@ import numpy as np
 from foldd.core.errors import BadRequest, BadSetup, FolddError
 from foldd.core.manifest import read_manifest
 from foldd.core.notify import notify, watchdog_interval_s
+from foldd.core.outputs import check_folder, check_not_input
 from foldd.core.signatures import PublicIdentity, read_identity, read_public
-from foldd.core.terminal import tell
+from foldd.core.terminal import CommandParser, tell
 from foldd.runtime.fetch import Fetcher, Source
 from foldd.runtime.store import Store
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="foldd-runtime", description="Serve the model that a foldd daemon keeps.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     infer = commands.add_parser("infer", help="answer one .npy file")
     infer.set_defaults(run=_infer)
@@ -117,6 +118,10 @@ def _source(arguments: argparse.Namespace, trusted: tuple[PublicIdentity, ...], 
 def _infer(arguments: argparse.Namespace) -> int:
     from foldd.runtime.slot import Slot  # onnxruntime only where it is needed
 
+    if arguments.output is not None:
+        check_not_input(arguments.output, [arguments.input])
+        if not arguments.output.exists():  # what exists is written into, a pipe or device too
+            check_folder(arguments.output)
     slot = Slot(arguments.state, _trusted(arguments) or None)
     slot.refresh()
     try:
@@ -183,7 +188,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     host, _, port = arguments.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise BadSetup("bad-listen", f"--listen {arguments.listen} is not HOST:PORT.")
+        raise BadSetup(
+            "bad-listen",
+            f"--listen {arguments.listen} is not HOST:PORT.",
+            remedy="Write 127.0.0.1:8470; ports are up to 65535.",
+        )
     trusted = _trusted(arguments)
     runtime = Runtime(
         arguments.state,

@@ -135,7 +135,8 @@ class Fetcher:
         raise Unavailable(
             "bus-timeout",
             f"{channel.endpoint} did not answer within {timeout_s:g} seconds.",
-            why="no daemon listens there, the network is down, or the two sides do not both use encryption.",
+            why="no daemon listens there, the network is down, the first --trust key is another daemon's, or the two "
+            "sides do not both use encryption.",
             remedy="Check the endpoint and the keys.",
         )
 

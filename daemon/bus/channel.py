@@ -9,7 +9,7 @@ import zmq
 
 from foldd.core.errors import BadSetup
 from foldd.core.signatures import Identity, PublicIdentity
-from foldd.core.wire import CREDIT, MAX_CHUNK_BYTES, Reply, Request, decode_reply, encode
+from foldd.core.wire import CREDIT, MAX_CHUNK_BYTES, Reply, Request, check_endpoint, decode_reply, encode
 from foldd.daemon.bus.sockets import check_plaintext, open_socket
 
 _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -30,6 +30,7 @@ class Channel:
         """
         self.endpoint = endpoint
         self.connections = 0  # made so far; what was under way when it rises is lost and must be asked for again
+        check_endpoint(endpoint)
         if identity is None:
             check_plaintext(endpoint)
         elif server is None:

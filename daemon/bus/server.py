@@ -107,6 +107,7 @@ class BusServer:
                 self._authenticator = Authenticator(self._context, domains)
                 self._authenticator.start()
             self._open(bind_socket, self._settings.bind, self._settings.announce)
+            self._warn_of_nobody()
         except BaseException:
             self._close()
             raise
@@ -159,6 +160,14 @@ class BusServer:
                 self._publisher, announcements, self._identity, self._authenticator, _ANNOUNCEMENTS
             )
             self._poller.register(self._publisher, zmq.POLLIN)
+
+    def _warn_of_nobody(self) -> None:
+        if self._identity is not None and self._settings.bind and not len(self._submitters) and not len(self._devices):
+            log.warning(
+                "%s admits nobody: no key is in the folders that `submitters` and `devices` in [bus] name; copy .pub "
+                "files there",
+                self.bind_endpoint,
+            )
 
     def _close_sockets(self) -> None:
         for socket in (self._router, self._publisher):

@@ -8,7 +8,7 @@ import zmq
 
 from foldd.core.errors import BadSetup, Unavailable
 from foldd.core.signatures import Identity
-from foldd.core.wire import MAX_HEADER_BYTES, Reply, encode, is_local
+from foldd.core.wire import MAX_HEADER_BYTES, Reply, check_endpoint, encode, is_local
 from foldd.daemon.bus.auth import Authenticator
 
 Socket = zmq.Socket[bytes]
@@ -61,9 +61,10 @@ def bind_socket(
     The order is the point: with `curve_server` set after the bind, libzmq takes plaintext clients.
 
     Raises:
-        BadSetup: `plaintext-not-loopback`, `cannot-bind`.
+        BadSetup: `bad-endpoint`, `plaintext-not-loopback`, `cannot-bind`.
         Unavailable: `authenticator-dead`.
     """
+    check_endpoint(endpoint, bind=True)
     if identity is None:
         check_plaintext(endpoint)
     else:

@@ -142,6 +142,7 @@ class _Sending:
         return Unavailable(
             "bus-timeout",
             f"{self._channel.endpoint} did not take {self._offer.name}: nothing moved for {self._timeout:g} seconds.",
-            why="no daemon listens there, the network is down, or the two sides do not both use encryption.",
+            why="no daemon listens there, the network is down, the server's public key that we were given is another "
+            "one's, or the two sides do not both use encryption.",
             remedy="Check the endpoint and the keys; the same command goes on where this one ended.",
         )

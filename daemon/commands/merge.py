@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from foldd.core.terminal import in_bytes
 from foldd.daemon.commands.common import add_json, print_json, require
 
 
@@ -52,7 +53,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         print_json(facts)
     else:
         print(
-            f"{facts['output']}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s, "
+            f"{facts['output']}: {in_bytes(facts['bytes'])} in {facts['seconds']:.1f} s, "
             f"peak memory {facts['peak_rss_bytes'] / 1e6:.0f} MB"
         )
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 import warnings
 from pathlib import Path
 
-from foldd.core.base_spec import BaseSpec, read_base_spec
+from foldd.core.base_spec import BaseSpec
 from foldd.core.errors import BadSetup
+from foldd.core.terminal import in_bytes
+from foldd.daemon.base_folder import replaced_base, restore_base
 from foldd.daemon.commands.common import DAEMON_PACKAGES, add_config, add_json, config_of, print_json, require
 from foldd.daemon.config import Config
 from foldd.daemon.keys import daemon_identity
@@ -23,7 +26,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "init",
         help="set up a state directory for a base network",
         description="Takes the base network apart once: feature output, tensor roles, ONNX skeleton. The base is "
-        "the operator's own: loading it can execute code.",
+        "the operator's own: loading it can execute code. Done again with the same base, it makes the "
+        "skeleton anew and leaves folds alone.",
     )
     add_config(init)
     add_json(init)
@@ -42,27 +46,31 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _init(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
     started = time.monotonic()
-    spec = _initialise(config, arguments)
+    spec, has_folds = _initialise(config, arguments)
     facts = {
         "state_directory": str(config.root), "base_digest": spec.digest, "tensors": len(spec.tensors),
         "model_bytes": spec.float_bytes, "input_shape": list(spec.input_shape), "features": spec.features,
-        "seconds": round(time.monotonic() - started, 3),
+        "has_folds": has_folds, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
     if arguments.json:
         print_json(facts)
     else:
         print(f"{config.root} is ready for base {spec.digest[:16]}…")
         print(
-            f"  {len(spec.tensors)} tensors, {spec.float_bytes / 1e6:.1f} MB in float32, "
+            f"  {len(spec.tensors)} tensors, {in_bytes(spec.float_bytes)} in float32, "
             f"input {list(spec.input_shape)}, {spec.features} features"
         )
+        if has_folds:
+            print("  its folds stay as they are; the next one is exported anew")
         print(f"  next: foldd run --config {config.path}")
     return 0
 
 
-def _initialise(config: Config, arguments: argparse.Namespace) -> BaseSpec:
+def _initialise(config: Config, arguments: argparse.Namespace) -> tuple[BaseSpec, bool]:
+    """The base as it was taken apart, and whether there are folds onto it already."""
     require("daemon", *DAEMON_PACKAGES)
     from foldd.base.load import load_program
+    from foldd.base.renewal import check_same_network
     from foldd.base.store import store_base
     from foldd.daemon.pace import measure_pace
 
@@ -83,24 +91,21 @@ def _initialise(config: Config, arguments: argparse.Namespace) -> BaseSpec:
             shape = tuple(int(n) for n in arguments.input_shape.split(","))
         except ValueError as error:
             raise BadSetup("bad-shape", f"--input-shape {arguments.input_shape!r} is no list of integers.") from error
-    existing = read_base_spec(layout.base / "base.json") if (layout.base / "base.json").exists() else None
-    if existing is not None and layout.ledger.exists() and _has_history(layout):
-        raise BadSetup(
-            "already-initialised",
-            f"{config.root} has folded checkpoints onto base {existing.digest[:16]}….",
-            why="another base under existing folds would make both worthless.",
-            remedy="Name a fresh directory under state.directory.",
-        )
     program = load_program(model, weights=weights, input_shape=shape)
     features = settings.features if arguments.features is None else arguments.features
     head = settings.head if arguments.head is None else arguments.head
     layout.create()
     with daemon_lock(layout.lock):
-        spec = store_base(layout.base, program, features=features, head=head)
-        measure_pace(layout.base)
+        restore_base(layout)
+        folded_onto = _folded_onto(layout)
+        with replaced_base(layout) as folder:
+            spec = store_base(folder, program, features=features, head=head)
+            if folded_onto is not None:
+                check_same_network(folder, folded_onto, layout.base)
+            measure_pace(folder)
         daemon_identity(config)
         Ledger.create(layout.ledger).close()
-    return spec
+    return spec, folded_onto is not None
 
 
 def _resolved(config: Config, model: str) -> str:
@@ -111,12 +116,16 @@ def _resolved(config: Config, model: str) -> str:
     return f"{config.resolve(place)}{colon}{name}" if place.endswith(".py") else model
 
 
-def _has_history(layout: Layout) -> bool:
+def _folded_onto(layout: Layout) -> str | None:
+    """The digest of the base that the current generation's folds are onto; None where nothing was folded."""
+    if not layout.ledger.exists():
+        return None
     ledger = Ledger(layout.ledger)
     try:
-        return ledger.current() is not None
+        current = ledger.current()
     finally:
         ledger.close()
+    return None if current is None else str(json.loads(current.manifest)["manifest"]["base"])
 
 
 def _run(arguments: argparse.Namespace) -> int:

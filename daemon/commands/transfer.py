@@ -30,9 +30,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_config(submit)
     submit.add_argument("file", type=Path)
-    submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait until it is folded (this box's inbox only)")
-    submit.add_argument("--to", metavar="ENDPOINT", help="send it over the bus: tcp://box:5757")
-    submit.add_argument("--announce", metavar="ENDPOINT", help="offer it to subscribed daemons: tcp://*:5760")
+    way = submit.add_mutually_exclusive_group()
+    way.add_argument("--wait", type=float, metavar="SECONDS", help="wait until it is folded (this box's inbox only)")
+    way.add_argument("--to", metavar="ENDPOINT", help="send it over the bus: tcp://box:5757")
+    way.add_argument("--announce", metavar="ENDPOINT", help="offer it to subscribed daemons: tcp://*:5760")
     submit.add_argument(
         "--identity", type=Path, metavar="FILE", help="own .key; without it plaintext, on loopback only"
     )

@@ -66,9 +66,14 @@ def make_offline(name: str, options: Sequence[str]) -> OfflineMethod:
     known = [field.name for field in fields(kind)]
     for option in options:
         key, equals, value = option.partition("=")
-        if not equals or key not in known:
+        if not equals:
             raise BadSetup(
-                "bad-option", f"{name} has no option {option!r}.",
+                "bad-option", f"--option {option} gives no value.",
+                remedy=f"Write --option NAME=VALUE; {name} has {', '.join(known) or 'no options'}.",
+            )  # fmt: skip
+        if key not in known:
+            raise BadSetup(
+                "bad-option", f"{name} has no option {key!r}.",
                 remedy=f"Give NAME=VALUE; {name} has {', '.join(known) or 'no options'}.",
             )  # fmt: skip
         values[key] = value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from foldd.core.bundle_names import sharded_model
 from foldd.core.digests import TensorDigest
 from foldd.core.errors import BadCheckpoint, BadSetup
 from foldd.core.roles import Role
@@ -79,8 +80,8 @@ def agree(base: Source | None, models: Sequence[Source]) -> Agreement:
             "models-differ",
             f"These models cannot be merged as they are:\n{shown}{more}",
             why="another architecture or vocabulary, heads of different sizes, or a part of a model.",
-            remedy="Merge models of one architecture. Task heads differ by nature: save the backbones without them, or "
-            "name a foldd state directory as BASE, whose head is known and left out.",
+            remedy=_shard_hint(sources) + "Merge models of one architecture. Task heads differ by nature: save the "
+            "backbones without them, or name a foldd state directory as BASE, whose head is known and left out.",
         )
     first = tables[0]
     names = sorted(reference, key=str.encode)
@@ -102,6 +103,13 @@ def agree(base: Source | None, models: Sequence[Source]) -> Agreement:
     notes += [f"tied in all inputs, merged once: {name} = {' = '.join(same)}" for name, same in copies.items()]
     places = tables if base is None else tables[1:]
     return Agreement(floats, roles, places, None if base is None else first, integers, copies, tuple(notes))
+
+
+def _shard_hint(sources: Sequence[Source]) -> str:
+    for source in sources:
+        if not source.is_sharded and (whole := sharded_model(source.files[0].name)):
+            return f"{source.label} is one shard of a model: name {whole}.safetensors.index.json, its index, instead. "
+    return ""
 
 
 def guess_role(name: str, shape: tuple[int, ...]) -> Role:

@@ -20,8 +20,10 @@ import torch
 import foldd
 from foldd.core.digests import sha256_file
 from foldd.core.errors import BadSetup, Unavailable
+from foldd.core.outputs import check_output
 from foldd.core.scaled import CODES
 from foldd.core.tensorwriter import Entry
+from foldd.core.terminal import in_bytes
 from foldd.daemon.memory import available_bytes, peak_rss_bytes
 from foldd.daemon.merge.methods import make_offline
 from foldd.daemon.merge.output import Output, split, write_file, write_folder
@@ -63,7 +65,7 @@ def run(request: Request, tell: Callable[[str], None], progress: Callable[[float
     sources = [open_source(path) for path in request.paths]
     base, models = separate(method, sources)
     agreement = agree(base, models)
-    _check_output(request, sources)
+    check_output(request.output, (path for source in sources for path in source.files))
     entries = _entries(agreement, request.dtype, base, models)
     shards = _shards(request, entries, sources)
     _check_room(method, agreement, entries, request.output)
@@ -186,16 +188,6 @@ def _shards(request: Request, entries: Mapping[str, Entry], sources: Sequence[So
     return shards
 
 
-def _check_output(request: Request, sources: Sequence[Source]) -> None:
-    output = request.output
-    if not output.absolute().parent.is_dir():
-        raise BadSetup("no-such-folder", f"There is no folder {output.absolute().parent} to write into.")
-    if output.is_dir():
-        raise BadSetup("output-exists", f"{output} is a folder that exists already.", remedy="Name a new one.")
-    if output.exists() and any(output.samefile(path) for source in sources for path in source.files):
-        raise BadSetup("output-is-input", f"{output} is one of the inputs.", remedy="Write to another file.")
-
-
 def _check_room(method: OfflineMethod, agreement: Agreement, entries: Mapping[str, Entry], output: Path) -> None:
     need, free = method.workspace(agreement.sizes, len(agreement.places)), available_bytes()
     if free and need > free:
@@ -224,8 +216,8 @@ def _describe(
     return [
         f"base: {'none' if base is None else base.label}",
         f"models: {', '.join(model.label for model in models)}",
-        f"{len(entries)} tensors, {sum(agreement.sizes):,} parameters; writes {size / 1e6:.1f} MB, "
-        f"works in about {need / 1e6:.0f} MB",
+        f"{len(entries)} tensors, {sum(agreement.sizes):,} parameters; writes {in_bytes(size)}, "
+        f"works in about {in_bytes(need)}",
         *agreement.notes,
     ]
 

@@ -178,12 +178,29 @@ def test_fixed_batch_is_refused():
 
 @pytest.mark.parametrize(
     ("source", "code"),
-    [("missing.pt2", "no-base"), ("no-colon", "base-incomplete"), ("nowhere:f", "base-incomplete")],
+    [("missing.pt2", "no-base"), ("no-colon", "bad-base"), ("nowhere:f", "base-incomplete")],
 )
 def test_wrong_sources_are_explained(source, code):
     with pytest.raises(BadSetup) as caught:
         load_program(source)
     assert caught.value.code == code
+
+
+def test_sources_that_cannot_be_a_base_tell_what_can(tmp_path, monkeypatch):
+    (tmp_path / "net_of_this_folder.py").write_text("def make():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    for source, words in [
+        ("ckpt.pt", "holds weights, and not the network"),
+        ("base.safetensors", "--weights base.safetensors"),
+        ("net_of_this_folder:make", r"Write net_of_this_folder\.py:make"),
+        ("nowhere:make", "try it in Python"),
+        ("net_of_this_folder.py:make", "returned a int"),
+    ]:
+        with pytest.raises(BadSetup, match=words) as caught:
+            load_program(source, weights=tmp_path / "w.safetensors", input_shape=SHAPE)
+        assert caught.value.code == "bad-base"
+        assert caught.value.remedy
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

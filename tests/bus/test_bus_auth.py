@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from bus_kit import DAEMON, DEVICE, STRANGER, SUBMITTER, RawClient, admit, publi
 
 from foldd.core.errors import BadSetup, Unavailable
 from foldd.core.signatures import Identity, new_identity
-from foldd.core.wire import GetManifest, ManifestIs, Offer, Refuse, is_local
+from foldd.core.wire import GetManifest, ManifestIs, Offer, Refuse, check_endpoint, is_local
 from foldd.daemon.bus.auth import AllowList, Authenticator
 from foldd.daemon.bus.channel import Channel
 from foldd.daemon.bus.server import BusServer
@@ -173,6 +174,37 @@ def test_what_counts_as_loopback(endpoint: str, local: bool) -> None:
     if not local:
         with pytest.raises(BadSetup):
             check_plaintext(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "connects", "binds"),
+    [
+        ("tcp://box:5757", True, True), ("tcp://[::1]:65535", True, True), ("ipc:///run/x", True, True),
+        ("inproc://x", True, True), ("tcp://*:1", False, True), ("tcp://127.0.0.1:*", False, True),
+        ("tcp://127.0.0.1:0", False, True), ("tcp://127.0.0.1:65536", False, False), ("tcp://box", False, False),
+        ("tcp://127.0.0.1:99999", False, False), ("tcp://127.0.0.1:-1", False, False), ("tcp://:1", False, False),
+        ("tcp://127.0.0.1:1000000", False, False), ("tcp://127.0.0.1:٣", False, False), ("ipc://", False, False),
+        ("127.0.0.1:5757", False, False), ("udp://127.0.0.1:1", False, False), ("", False, False),
+    ],
+)  # fmt: skip
+def test_what_is_an_endpoint(endpoint: str, connects: bool, binds: bool) -> None:
+    for bind, right in ((False, connects), (True, binds)):
+        with contextlib.nullcontext() if right else pytest.raises(BadSetup) as raised:
+            check_endpoint(endpoint, bind=bind)
+        assert right or raised.value.code == "bad-endpoint"
+
+
+def test_endpoints_are_checked_before_keys(tmp_path: Path) -> None:
+    """Who forgot `tcp://` is told so, not that it is no loopback."""
+    with pytest.raises(BadSetup, match=r"Write tcp://127\.0\.0\.1:5757"):
+        Channel("127.0.0.1:5757", None, None)
+
+
+def test_a_bus_that_admits_nobody_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with running(tmp_path):
+        assert "admits nobody" not in caplog.text
+    with running(tmp_path, submitters="", devices=""):
+        assert "admits nobody" in caplog.text
 
 
 def test_no_identity_no_bus(tmp_path: Path) -> None:

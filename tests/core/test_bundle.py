@@ -52,11 +52,16 @@ def raw(path, *, drop=(), metadata=None, **changes):
     return path
 
 
+EXPLAINED = {"bad-metadata", "metadata-too-large", "wrong-calibration"}  # why, and what to do
+
+
 def code_of(path, **options):
     with pytest.raises(BadCheckpoint) as caught:
         open_bundle(path, SPEC, **options)
     assert caught.value.what
     assert not caught.value.retry
+    if caught.value.code in EXPLAINED:
+        assert caught.value.remedy
     return caught.value.code
 
 
@@ -169,6 +174,36 @@ WRONG_FORM = {
     "bad-metadata": {"metadata": {"foldd.classes": '["only one"]'}},
     "content-mismatch": {"metadata": {"foldd.content": "00" * 32}},
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "words"),
+    [
+        ("t", {"base_model.a.lora_A.weight": (2, 3)}, "merge_and_unload"),
+        ("t", {"module.a.weight": (4, 3)}, "a prefix such as `module.`"),
+        ("big-00001-of-00002.safetensors", {"a.weight": (4, 3)}, "foldd merge big.safetensors.index.json"),
+        ("t", {"a.weight": (4, 3)}, "Save every weight and buffer"),
+    ],
+)
+def test_names_that_are_not_the_bases_tell_the_likely_cause(tmp_path, name, tensors, words):
+    save_file({tensor: np.ones(shape, np.float32) for tensor, shape in tensors.items()}, tmp_path / "bundle")
+    with pytest.raises(BadCheckpoint, match=words):
+        open_bundle(tmp_path / "bundle", SPEC, name=name)
+
+
+def test_errors_name_the_file_that_was_dropped(tmp_path, monkeypatch):
+    """In its work folder every claimed file is called `bundle`."""
+    whole = raw(tmp_path / "bundle").read_bytes()
+    for content in (b"hello", whole[:-3], struct.pack("<Q", MAX_HEADER_BYTES + 1) + b" " * (MAX_HEADER_BYTES + 100)):
+        (tmp_path / "bundle").write_bytes(content)
+        with pytest.raises(BadCheckpoint, match=r"^birds\.safetensors"):
+            open_bundle(tmp_path / "bundle", SPEC, name="birds.safetensors")
+    (tmp_path / "bundle").write_bytes(whole)
+    for limit in ("MAX_BUNDLE_BYTES", "MAX_METADATA_BYTES"):
+        monkeypatch.setattr(bundle_module, limit, 1)
+        with pytest.raises(BadCheckpoint, match=r"^birds\.safetensors"):
+            open_bundle(tmp_path / "bundle", SPEC, name="birds.safetensors")
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("code", WRONG_FORM)

@@ -33,6 +33,14 @@ def test_failed_build_keeps_the_old_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_file_never_takes_a_pipe_or_device_away(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(FileExistsError, match="no regular file"):
+        write_file(tmp_path / "x", b"content")
+    assert (tmp_path / "x").is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
 def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
     """The order that makes a rename durable: content, rename, folder."""
     calls = []

@@ -1,4 +1,4 @@
-"""A reader of standard output that goes away early is no error."""
+"""A reader of standard output that goes away early is no error; sizes as people read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from foldd.core.terminal import tell
+from foldd.core.terminal import in_bytes, tell
 
 PROGRAM = """
 import sys
@@ -46,3 +46,18 @@ def test_another_broken_pipe_is_told():
 
     with pytest.raises(BrokenPipeError, match="socket"):
         tell(command)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (36_318, "36.3 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (5e9, "5.0 GB"),
+    ],
+)
+def test_sizes(count, text):
+    assert in_bytes(count) == text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 
@@ -126,6 +128,7 @@ def test_pack_quantized_refuses_what_no_integer_stands_for(box, tmp_path, capsys
         (["pack", "nowhere.safetensors", "-o", "x"], "cannot be read"),
         (["submit", "nowhere.safetensors"], "no file"),
         (["keygen", "../evil"], "cannot name a key"),
+        (["submit", __file__, "--to", "127.0.0.1:5757"], "Write tcp://127.0.0.1:5757"),
     ],
 )
 def test_failures_are_sentences(tmp_path, monkeypatch, capsys, arguments, words):
@@ -135,6 +138,95 @@ def test_failures_are_sentences(tmp_path, monkeypatch, capsys, arguments, words)
     said = capsys.readouterr().err
     assert words in said
     assert "Traceback" not in said
+
+
+def pack_inputs(tmp_path):
+    """Everything that `foldd pack` reads, as files; its arguments but for -o."""
+    save_file(weights_of(networks.with_head()), tmp_path / "w.safetensors")
+    save_file({"weight": np.ones((4, 12), np.float32)}, tmp_path / "h.safetensors")
+    np.save(tmp_path / "x.npy", np.ones((5, 1, 8, 8), np.float32))
+    np.save(tmp_path / "y.npy", np.array([0, 1, 2, 3, 0]))
+    names = {"--head": "h.safetensors", "--calibration": "x.npy", "--labels": "y.npy"}
+    return [str(tmp_path / "w.safetensors"), *(part for o, n in names.items() for part in (o, str(tmp_path / n)))]
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "h.safetensors", "x.npy", "y.npy", "box/state/base/base.json"])
+def test_pack_never_replaces_what_it_reads(box, tmp_path, capsys, name):
+    arguments = pack_inputs(tmp_path)
+    before = (tmp_path / name).read_bytes()
+    assert main(["pack", *arguments, "-o", str(tmp_path / name), "--config", str(box.config_path)]) == 2
+    assert "is one of the inputs" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_outputs_replace_files_alone(box, tmp_path, capsys):
+    arguments = [*pack_inputs(tmp_path), "--task", "t", "--config", str(box.config_path)]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to-pipe").symlink_to(tmp_path / "pipe")
+    for name, words in [
+        ("pipe", "a device, a pipe or a socket"), ("to-pipe", "a device, a pipe or a socket"),
+        ("folder", "is a folder"), ("nowhere/x.safetensors", f"no folder {tmp_path / 'nowhere'}"),
+    ]:  # fmt: skip
+        assert main(["pack", *arguments, "-o", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "to-pipe").is_symlink()
+    for _ in range(2):  # an older result may be replaced
+        assert main(["pack", *arguments, "-o", str(tmp_path / "t.safetensors")]) == 0
+    assert " kB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--task", ""], "--task: '' cannot name a task"),
+        (["--samples", "0"], "--samples 0"),
+        (["--classes", "a,b"], "--classes names 2 classes, and the head has 4"),
+        (["--labels", "far.npy"], "far.npy holds 4, and the head has classes 0…3"),
+        (["--labels", "half.npy"], "half.npy holds numbers that are not whole"),
+        (["--labels", "few.npy"], "few.npy is [2], and --calibration is [5, 1, 8, 8]"),
+        (["--labels", "w.safetensors"], "--labels w.safetensors is no .npy array"),
+        (["--calibration", "words.npy"], "--calibration words.npy is no .npy array"),
+        (["--calibration", "nowhere.npy"], "There is no file nowhere.npy"),
+        (["--head", "x.npy"], "x.npy is not a valid .safetensors"),
+        (["--head", "w.safetensors"], "--head w.safetensors has no weight"),
+    ],
+)
+def test_pack_names_the_option_that_is_wrong(box, tmp_path, monkeypatch, capsys, options, words):
+    arguments = pack_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    np.save("far.npy", np.array([0, 1, 2, 3, 4]))
+    np.save("half.npy", np.array([0, 1, 2, 3, np.nan]))
+    np.save("few.npy", np.array([0, 1]))
+    np.save("words.npy", np.array(["a", "b"]))
+    assert main(["pack", *arguments, *options, "-o", "out.safetensors", "--config", str(box.config_path)]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "What to do" in said
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pack", "w", "-o", "x", "--taks", "t"], ["usage: foldd pack", "unrecognized arguments: --taks t"]),
+        (["submit", "f", "--to", "tcp://box:1", "--wait", "2"], ["usage: foldd submit", "--wait: not allowed with"]),
+    ],
+)
+def test_wrong_options_are_told_with_the_commands_own_usage(capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+
+
+def test_keygen_never_replaces_a_public_key(tmp_path, capsys):
+    (tmp_path / "ci.pub").write_text("somebody else's")
+    assert main(["keygen", "ci", "--directory", str(tmp_path)]) == 2
+    assert "ci.pub exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ci.pub"]
 
 
 def test_status_of_a_directory_that_was_never_initialised(tmp_path, capsys):

@@ -77,6 +77,11 @@ def test_every_method_can_be_configured():
         ("[fold]\nthreads = -1\n", "wrong-value", 2, ["fold.threads", ">= 0"]),
         ("[bus]\nsubscribe = [{endpont = 'x'}]\n", "unknown-key", 2, ["'endpoint'"]),
         ("[bus]\nidentity = 'nowhere.key'\n", "missing-path", 2, ["bus.identity", "nowhere.key", "keygen"]),
+        ("[bus]\nbind = 'tcp://127.0.0.1:99999'\n", "bad-endpoint", 2, ["bus.bind", "99999", "65535"]),
+        ("[bus]\nsubscribe = [{endpoint = 'ci:5760'}]\n", "bad-endpoint", 2, ["bus.subscribe", "tcp://ci:5760"]),
+        ("[quantize]\neffort = 'slow'\n", "wrong-value", 2, ["quantize.effort", "Valid: fast, paper, a number."]),
+        ("[fold]\ndata_free_method = 'otmf'\n", "wrong-value", 2, ["needs calibration inputs", "one of average, dare"]),
+        ("[fold]\ndata_free_method = 'avrage'\n", "wrong-value", 2, ["Did you mean 'average'?"]),
         ("[retention]\ngenerations = 1\n", "wrong-value", 2, ["retention.generations", ">= 2"]),
         ("fold.method = 3\n", "wrong-value", 1, ["fold.method"]),
         ("[heads]\nweighting = 'uoqw'\n", "wrong-value", 2, ["heads.weighting", "'uowq'"]),
@@ -114,6 +119,7 @@ def test_unreadable_files(tmp_path, text, code):
     with pytest.raises(BadConfig) as caught:
         load_config(path)
     assert caught.value.code == code
+    assert text is not None or f"touch {path}" in caught.value.remedy
 
 
 def test_digest_follows_what_decides_a_fold_and_nothing_else(tmp_path):

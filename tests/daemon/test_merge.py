@@ -322,6 +322,14 @@ def test_every_difference_is_named_at_once(files, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_one_shard_of_a_model_is_known_as_such(files, tmp_path, capsys):
+    content = tensors(3)
+    del content["net.bias"]
+    shard = save(tmp_path / "big-00001-of-00002.safetensors", content)
+    assert merge(*files, shard, "--method", "average", "-o", tmp_path / "out.safetensors") == 2
+    assert "name big.safetensors.index.json, its index" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -330,6 +338,7 @@ def test_every_difference_is_named_at_once(files, tmp_path, capsys):
         (["zero", "one", "--method", "otmf"], "--method regmean"),
         (["zero", "one", "--method", "tie"], "Did you mean ties?"),
         (["zero", "one", "--method", "ties", "--option", "densty=1"], "density, scaling"),
+        (["zero", "one", "--method", "ties", "--option", "density"], "--option density gives no value"),
         (["zero", "one", "--method", "ties", "--option", "density=much"], "density"),
         (["zero", "one", "--method", "ties", "--option", "density=7"], "[0, 1]"),
         (["zero", "none", "--method", "average"], "There is no"),

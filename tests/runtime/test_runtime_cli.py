@@ -68,6 +68,10 @@ def test_errors_are_told_and_exit_with_2(tmp_path: Path, inputs: str, capsys: py
     assert main(["infer", *state, "--task", "cat", "--input", inputs]) == 2
     assert "Did you mean 'cats'" in capsys.readouterr().err
     assert main(["infer", *state, "--task", "cats", "--input", "/nowhere.npy"]) == 2
+    for output, words in ((inputs, "one of the inputs"), (tmp_path / "nowhere" / "y.npy", "no folder")):
+        assert main(["infer", *state, "--task", "cats", "--input", inputs, "--output", str(output)]) == 2
+        assert words in capsys.readouterr().err
+    assert np.array_equal(np.load(inputs), samples(3))
     assert main(["fetch", *state, "--from", "tcp://127.0.0.1:9"]) == 2
     assert "--trust" in capsys.readouterr().err
     assert main(["serve", *state, "--listen", "nonsense"]) == 2
