@@ -66,9 +66,10 @@ def test_the_same_base_is_taken_apart_anew_and_its_folds_stay(make_box, init, ca
     assert {path.name for path in box.layout.blobs.iterdir()} == blobs
     assert not box.layout.new_base.exists()
     assert not box.layout.old_base.exists()
+    second = box.bundle("beta", seed=2)
     box.layout.base.rename(box.layout.old_base)  # as a power cut in the middle of another init leaves it
     box.start()
-    box.drop(box.bundle("beta", seed=2))
+    box.drop(second)
     box.wait_generation(2)
     box.stop()
     session = onnxruntime.InferenceSession(box.layout.current / "model.onnx")
