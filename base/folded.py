@@ -154,21 +154,13 @@ class FoldedNetwork:
             if argument in values:
                 return values[argument]
             if argument.op == "get_attr":
-                return self._tensor(str(argument.target), weights)
+                return tensor_of(argument, self.module, weights)
             if (size := _size(argument, batch)) is not None:
                 return size
             return self._compute(argument, values, weights, batch)
 
         assert callable(node.target)
         return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
-
-    def _tensor(self, name: str, weights: Mapping[str, Tensor]) -> Any:
-        if name in weights:
-            return weights[name]
-        value: Any = self.module  # a constant of the graph
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
 
     def features(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Inputs [n, …] → features [n, width]."""
@@ -198,6 +190,17 @@ def _size(node: Node, batch: int) -> int | None:
         expression = value.node.expr
         return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
     return value if isinstance(value, int) else None
+
+
+def tensor_of(node: Node, module: GraphModule, weights: Mapping[str, Tensor]) -> Any:
+    """What a `get_attr` node gives: one of the weights, or else a constant of the graph."""
+    name = _name(node)
+    if name in weights:
+        return weights[name]
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def is_own(node: object) -> bool:

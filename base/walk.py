@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from foldd.base.folded import tensor_of
 from foldd.base.layers import AffineLayer
 
 
@@ -110,15 +111,7 @@ class Walker:
             raise AssertionError(f"a captured network has no {node.op} nodes")
 
     def _value(self, node: Node, lane: Lane) -> Any:
-        if node.op != "get_attr":
-            return lane.values[node]
-        name = str(node.target)
-        if name in lane.weights:
-            return lane.weights[name]
-        value: Any = self._module  # a constant of the graph
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
+        return tensor_of(node, self._module, lane.weights) if node.op == "get_attr" else lane.values[node]
 
 
 def _hand_over(layer: AffineLayer, take: Callable[[AffineLayer, Tensor], None], gradient: Tensor) -> None:
