@@ -30,7 +30,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         own = [row for row in rows if row["base"] == base]
         _frontier(left, [row for row in own if row["bwt"] is not None])
         left.set(title=f"{base}: one point per variant", xlabel="backward transfer, points", ylabel="accuracy, %")
-        for line in [row for row in own if row["method"] == "pretrained"]:
+        for line in [row for row in own if row["method"] == "pretrained"][:1]:
             left.axhline(100 * line["accuracy"], color="0.6", linestyle=":", label="unfolded base")
         left.legend(loc="best", fontsize=8, frameon=False)
         _alpha(right, [row for row in own if row["part"] in ALPHA])
