@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from typing import Any
 
 from foldd.core.manifest import read_manifest
@@ -14,7 +15,8 @@ from foldd.daemon.lock import holder
 from foldd.daemon.memory import rss_bytes
 
 _SHOWN = 5  # of what was set aside
-_SILENT = "The daemon runs but has not said how it is: it is starting, or its disk is full. Its log tells."
+_STARTING_SECONDS = 10.0
+_SILENT = "The daemon runs and cannot say how it is: its disk may be full. Its log tells."
 
 
 def status(config: Config) -> dict[str, Any]:
@@ -32,13 +34,15 @@ def status(config: Config) -> dict[str, Any]:
         current = ledger.current()
         pid = holder(layout.lock)
         live = _live(layout) if pid else {}
+        # It writes `status.json` as soon as it has started, and takes it away when it can be written no more.
+        silent = bool(pid) and not live and time.time() - layout.lock.stat().st_mtime > _STARTING_SECONDS
         held = [_held(arrival) for arrival in ledger.arrivals("held")]
         queue = len(ledger.arrivals("queued", "folding"))
         quarantined = sum(1 for _ in layout.quarantine.iterdir()) if layout.quarantine.is_dir() else 0
         set_aside = [_held(arrival) for arrival in ledger.arrivals("quarantined")[: -_SHOWN - 1 : -1]]
         tasks = list(read_manifest(current.manifest).manifest.tasks) if current else []
         return {
-            "state": live.get("state", "waiting") if pid else "stopped",
+            "state": live.get("state", "waiting" if silent else "idle") if pid else "stopped",
             "generation": current.generation if current else None,
             "tasks": tasks,
             "queue_depth": queue,
@@ -47,7 +51,7 @@ def status(config: Config) -> dict[str, Any]:
             "quarantined": quarantined,
             "set_aside": set_aside,
             "conflicts": _conflicts(layout, current),
-            "last_error": live.get("last_error", _SILENT if pid and not live else None),
+            "last_error": live.get("last_error", _SILENT if silent else None),
             "free_bytes": shutil.disk_usage(layout.root).free,
             "pid": pid,
             "rss_bytes": rss_bytes(pid) if pid else None,
