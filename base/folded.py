@@ -127,7 +127,7 @@ class FoldedNetwork:
                 network are many times its weights.
         """
         nodes = tuple(nodes)
-        dead = self._dead_after(nodes) if forget else {}
+        dead = dead_after(nodes) if forget else {}
         batch = len(next(iter(values.values())))
         layers = {layer.node: layer for layer in self.layers} if before is not None else {}
         for node in nodes:
@@ -140,14 +140,6 @@ class FoldedNetwork:
             values[node] = after(node, result) if after is not None else result
             for gone in dead.get(node, ()):
                 values.pop(gone, None)
-
-    def _dead_after(self, nodes: tuple[Node, ...]) -> dict[Node, list[Node]]:
-        """Node → the values that none of the nodes behind it takes."""
-        last = {taken: node for node in nodes for taken in node.all_input_nodes if taken in self._moving}
-        dead: dict[Node, list[Node]] = {}
-        for value, node in last.items():
-            dead.setdefault(node, []).append(value)
-        return dead
 
     def _compute(self, node: Node, values: Mapping[Node, Any], weights: Mapping[str, Tensor], batch: int) -> Any:
         def value(argument: Node) -> Any:
@@ -190,6 +182,15 @@ def _size(node: Node, batch: int) -> int | None:
         expression = value.node.expr
         return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
     return value if isinstance(value, int) else None
+
+
+def dead_after(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Node → what it takes and none of the nodes behind it does."""
+    last = {taken: node for node in nodes for taken in node.all_input_nodes}
+    dead: dict[Node, list[Node]] = {}
+    for value, node in last.items():
+        dead.setdefault(node, []).append(value)
+    return dead
 
 
 def tensor_of(node: Node, module: GraphModule, weights: Mapping[str, Tensor]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from foldd.base.folded import tensor_of
+from foldd.base.folded import dead_after, tensor_of
 from foldd.base.layers import AffineLayer
 
 
@@ -42,12 +42,7 @@ class Walker:
         self._module = module
         self._layer_of = {layer.node: layer for layer in layers}
         self._nodes = list(module.graph.nodes)
-        self._dead_after: dict[Node, list[Node]] = {}
-        seen: set[Node] = set()
-        for node in reversed(self._nodes):
-            last = [argument for argument in node.all_input_nodes if argument not in seen]
-            seen.update(last)
-            self._dead_after[node] = last
+        self._dead_after = dead_after(self._nodes)
 
     @torch.no_grad()
     def walk(self, lanes: Sequence[Lane]) -> Iterator[tuple[AffineLayer, list[Tensor]]]:
@@ -68,7 +63,7 @@ class Walker:
                 self._run(node, lane)
                 if node.op == "placeholder":
                     lane.inputs = lane.inputs.new_empty(0)
-                for dead in self._dead_after[node]:
+                for dead in self._dead_after.get(node, ()):
                     lane.values.pop(dead, None)
 
     def gradients(
@@ -96,7 +91,7 @@ class Walker:
                 layer = self._layer_of.get(node.name)
                 if layer is not None and lane.values[node].requires_grad:
                     lane.values[node].register_hook(partial(_hand_over, layer, take))
-                for dead in self._dead_after[node]:
+                for dead in self._dead_after.get(node, ()):
                     lane.values.pop(dead, None)
 
     def _run(self, node: Node, lane: Lane) -> None:
