@@ -100,14 +100,15 @@ tree="$work/tree"
 say "unpacking $suite"
 tar -C "$tree" --exclude='./dev/*' -xf "$base"
 # Not registered: neither systemd-machined nor a system bus need run here.
+offline=/usr/src/wheels # in the tree, which has no network; boot_probe.py knows it too
 nspawn=(systemd-nspawn --quiet "--directory=$tree" --register=no --keep-unit --private-network
-  "--bind-ro=$work/source:/usr/src/foldd" "--bind-ro=$wheels:/media/wheels")
+  "--bind-ro=$work/source:/usr/src/foldd" "--bind-ro=$wheels:$offline")
 inside() { # a command in the tree, without booting it
   "${nspawn[@]}" --pipe --setenv=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
 }
 say 'make install'
 started=$SECONDS
-inside make -C /usr/src/foldd -f systemd/install.mk install PIP_ARGS='--no-index --find-links /media/wheels' \
+inside make -C /usr/src/foldd -f systemd/install.mk install PIP_ARGS="--no-index --find-links $offline" \
   > "$work/install.log" 2>&1 || { tail -40 "$work/install.log"; die 'make install failed'; }
 installed=$((SECONDS - started))
 

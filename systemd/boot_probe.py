@@ -32,6 +32,7 @@ FOLD_SECONDS = 300.0  # how long a generation may take on a busy machine
 RESTART_SECONDS = 120.0
 WATCHDOG_SECONDS = 6  # instead of the units' own, so that the test does not wait for minutes
 CAP_LEASE = 28
+WHEELS = "/usr/src/wheels"  # where boot-test.sh puts them
 INSTALL = ("--no-print-directory", "-f", "/usr/src/foldd/systemd/install.mk")
 
 
@@ -347,7 +348,7 @@ class BootTest:
         """`make install` once more, on the running system."""
         before = {unit: main_pid(unit) for unit in (DAEMON, RUNTIME)}
         config = Path("/etc/foldd/config.toml").read_bytes()
-        run("make", *INSTALL, "install", "PIP_ARGS=--no-index --find-links /media/wheels")
+        run("make", *INSTALL, "install", f"PIP_ARGS=--no-index --find-links {WHEELS}")
         restarted = all(active(unit) and main_pid(unit) != pid for unit, pid in before.items())
         kept = Path("/etc/foldd/config.toml").read_bytes() == config
         self._found.add("upgrade restarts both, keeps config.toml", restarted and kept, ok=restarted and kept)

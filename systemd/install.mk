@@ -7,7 +7,7 @@
 #
 # PREFIX   where the programs go; the units follow it
 # DESTDIR  a staging folder, for packages: nothing outside it is touched then
-# PIP_ARGS more for pip, for example --no-index --find-links /media/wheels on a box without a network
+# PIP_ARGS more for pip, such as the options that name a folder of wheels on a box without a network
 
 PREFIX ?= /opt/foldd
 DESTDIR ?=

@@ -94,7 +94,7 @@ def test_waits_for_as_many_daemons_as_asked(tmp_path: Path) -> None:
 
 def test_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     path = make_file(tmp_path / "cats.safetensors", 300_000)
-    part = tmp_path / "daemon/work/incoming" / f"{sha256_file(path)}.part"
+    part = tmp_path / "daemon" / "work" / "incoming" / f"{sha256_file(path)}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(path.read_bytes()[:123_456])
     publishing = Publishing(path, [DAEMON])
@@ -107,7 +107,7 @@ def test_goes_on_where_it_was_cut(tmp_path: Path) -> None:
 def test_a_tail_that_a_power_cut_took_is_pulled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foldd.daemon.bus.puller._RETRY_S", 0.05)
     path = make_file(tmp_path / "cats.safetensors", 300_000)
-    part = tmp_path / "daemon/work/incoming" / f"{sha256_file(path)}.part"
+    part = tmp_path / "daemon" / "work" / "incoming" / f"{sha256_file(path)}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(path.read_bytes()[:100_000] + bytes(20_000))
     publishing = Publishing(path, [DAEMON])
