@@ -100,12 +100,12 @@ def _merged(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache
 
 
 def _to_merge(arguments: argparse.Namespace, name: str, folder: Path) -> tuple[Subjects, list[Any]]:
-    domains = name == "cnn"
-    images = [f"pacs_{d}" if domains else d for d in MERGED[name]]
+    domains, merged = name == "cnn", MERGED[name][: arguments.models]
+    images = [f"pacs_{d}" if domains else d for d in merged]
     place = arguments.data / name / ("pacs/not-photo" if domains else "")
     subjects = Subjects(arguments.data, name, images, arguments.split, folder)
     return subjects, [
-        subjects.subject(place / f"{m}.safetensors", i) for m, i in zip(MERGED[name], images, strict=True)
+        subjects.subject(place / f"{m}.safetensors", i) for m, i in zip(merged, images, strict=True)
     ]
 
 
@@ -204,6 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(METHODS), type=_list, help=f"of {', '.join(METHODS)}")
     parser.add_argument("--bits", default=",".join(BITS), type=_list)
     parser.add_argument("--merged-bits", default="w4a4,w3a3", type=_list)
+    parser.add_argument("--models", type=int, help="how many to merge; default: all there are")
     parser.add_argument("--tasks", default=",".join(CORE8), type=_list)
     parser.add_argument("--iterations", default=100, type=int, help="of reconstruction, a block")
     parser.add_argument("--draws", default=5, type=int, help="of calibration images, for what is merged")
