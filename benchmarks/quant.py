@@ -104,9 +104,7 @@ def _to_merge(arguments: argparse.Namespace, name: str, folder: Path) -> tuple[S
     images = [f"pacs_{d}" if domains else d for d in merged]
     place = arguments.data / name / ("pacs/not-photo" if domains else "")
     subjects = Subjects(arguments.data, name, images, arguments.split, folder)
-    return subjects, [
-        subjects.subject(place / f"{m}.safetensors", i) for m, i in zip(merged, images, strict=True)
-    ]
+    return subjects, [subjects.subject(place / f"{m}.safetensors", i) for m, i in zip(merged, images, strict=True)]
 
 
 def _ablation(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
