@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from foldd.base.batch_norm import FoldedNorm, find_norms
 from foldd.base.folded import CONVOLUTION, LINEAR, is_own
 
-POSITIONS = 64  # rows per input, about: neighbouring places of an image are much alike
+POSITIONS = 64  # rows per input, about: neighbouring places of an image are much alike, and so are its tokens
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,14 @@ class AffineLayer:
     norm: FoldedNorm | None = None
     kernel: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
 
-    def rows(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """What the layer multiplies: inputs as the graph has them → [g, rows, d], a one at the end of each row."""
+    def rows(self, inputs: Tensor, weight: Tensor, positions: int = POSITIONS) -> Tensor:
+        """What the layer multiplies: inputs as the graph has them → [g, rows, d], a one at the end of each row.
+
+        Of each input about `positions` rows: a grid of an image's places, or tokens that are spread evenly, other ones
+        for each input.
+        """
         if self.kernel is None:
-            rows = inputs.reshape(1, -1, inputs.shape[-1])
+            rows = _tokens(inputs, positions)
         else:
             stride, padding, dilation = self.kernel
             kernel = tuple(weight.shape[2:])
@@ -52,7 +56,8 @@ class AffineLayer:
                 [
                     (size + 2 * p - d * (k - 1) - 1) // s + 1
                     for size, s, p, d, k in zip(inputs.shape[2:], stride, padding, dilation, kernel, strict=True)
-                ]
+                ],
+                positions,
             )
             patches = F.unfold(
                 inputs, kernel, dilation=dilation, padding=padding, stride=tuple(step * s for s in stride)
@@ -63,15 +68,11 @@ class AffineLayer:
             return rows
         return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
-    def places(self, weight: Tensor) -> int:
-        """Of the kernel: how often a row has each channel, place by place within a channel; 1 for a linear layer."""
-        return 1 if self.kernel is None else weight.shape[2:].numel()
-
-    def picked(self, outputs: Tensor) -> Tensor:
+    def picked(self, outputs: Tensor, positions: int = POSITIONS) -> Tensor:
         """Something of the output's shape → [g, rows, o], the same rows as `rows` gives."""
         if self.kernel is None:
-            return outputs.reshape(1, -1, outputs.shape[-1])
-        step = _step(outputs.shape[2:])
+            return _tokens(outputs, positions)
+        step = _step(outputs.shape[2:], positions)
         flat = outputs[:, :, ::step, ::step].flatten(2)
         split = flat.reshape(len(flat), self.groups, -1, flat.shape[2])
         return split.permute(1, 0, 3, 2).reshape(self.groups, -1, split.shape[2])
@@ -164,6 +165,16 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
-def _step(sizes: Sequence[int]) -> int:
+def _step(sizes: Sequence[int], positions: int) -> int:
     """Of the grid of places that are looked at, along both axes of an output of this height and width."""
-    return max(1, round(math.sqrt(math.prod(sizes) / POSITIONS)))
+    return max(1, round(math.sqrt(math.prod(sizes) / positions)))
+
+
+def _tokens(inputs: Tensor, positions: int) -> Tensor:
+    """[n, …, d] → [1, n·min(…, positions), d]."""
+    tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    count = tokens.shape[1]
+    if count > positions:
+        images = torch.arange(len(tokens))[:, None]
+        tokens = tokens[images, (torch.arange(positions) * count // positions + images) % count]
+    return tokens.reshape(1, -1, inputs.shape[-1])

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from foldd.base.folded import dead_after, tensor_of
-from foldd.base.layers import AffineLayer
+from foldd.base.layers import POSITIONS, AffineLayer
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Walker:
         inputs: Tensor,
         objective: Callable[[Tensor], Tensor],
         take: Callable[[AffineLayer, Tensor], None],
+        positions: int = POSITIONS,
     ) -> None:
         """Hands over ∂objective/∂(a layer's output), as rows [g, rows, o], for each affine layer that one reaches.
 
@@ -79,6 +80,7 @@ class Walker:
 
         Args:
             objective: features [n, width] → scalar, a sum over the inputs.
+            positions: rows of an input, as `AffineLayer.rows` has them.
         """
         lane = Lane(weights, inputs.detach().clone().requires_grad_())
         with torch.enable_grad():
@@ -90,7 +92,7 @@ class Walker:
                 self._run(node, lane)
                 layer = self._layer_of.get(node.name)
                 if layer is not None and lane.values[node].requires_grad:
-                    lane.values[node].register_hook(partial(_hand_over, layer, take))
+                    lane.values[node].register_hook(partial(_hand_over, layer, take, positions))
                 for dead in self._dead_after.get(node, ()):
                     lane.values.pop(dead, None)
 
@@ -109,5 +111,7 @@ class Walker:
         return tensor_of(node, self._module, lane.weights) if node.op == "get_attr" else lane.values[node]
 
 
-def _hand_over(layer: AffineLayer, take: Callable[[AffineLayer, Tensor], None], gradient: Tensor) -> None:
-    take(layer, layer.picked(gradient))
+def _hand_over(
+    layer: AffineLayer, take: Callable[[AffineLayer, Tensor], None], positions: int, gradient: Tensor
+) -> None:
+    take(layer, layer.picked(gradient, positions))

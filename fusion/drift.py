@@ -4,68 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from foldd.fusion.gram import add_moment, ridge_of, solve_right
+from foldd.fusion.gram import ridge_of, solve_right
 
 RIDGE = 0.1  # a hundred inputs do not know a thousand directions
+RANK = 256  # of a wider layer's drift
+ROWS = 1024  # that a narrower one is estimated on
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """x → R·x for what a layer takes.
-
-    A convolution takes the same channels at every place of its kernel, and they moved there alike: R is a matrix of
-    channels, which is estimated in the middle of the kernel and applied at each place. It has fewer unknowns by the
-    square of the places.
+    """x → x + U·V·x for what a layer takes.
 
     Attributes:
-        matrix: R, float64 [g, c, c], of c channels, with the layer's constant 1 among them where it has a bias.
-        places: of the kernel; 1 for a linear layer.
-        biased: whether the last element of x is that constant.
+        left: U, float64 [g, d, r].
+        right: V, float64 [g, r, d]; None for the identity.
     """
 
-    matrix: Tensor
-    places: int = 1
-    biased: bool = False
+    left: Tensor
+    right: Tensor | None = None
 
-    def applied(self, rows: Tensor) -> Tensor:
-        """R·x for each row x, or each of a matrix's: float64 [g, m, d] → [g, m, d]."""
-        if self.places == 1:
-            return rows @ self.matrix.mT
-        groups, count, _ = rows.shape
-        channels = self.matrix.shape[1] - self.biased
-        weights, lift = self.matrix[:, :channels, :channels], self.matrix[:, :channels, channels:]
-        taken = rows[..., : channels * self.places].reshape(groups, count, channels, self.places)
-        moved = taken.mT.reshape(groups, -1, channels) @ weights.mT
-        moved = moved.view(groups, count, self.places, channels).mT
-        if not self.biased:
-            return moved.reshape(groups, count, -1)
-        constant = rows[..., -1:]
-        moved = moved + (constant @ lift.mT)[..., None]
-        return torch.cat([moved.reshape(groups, count, -1), constant], 2)
+    def seen(self, columns: Tensor) -> Tensor:
+        """V·columns, of which U makes how far each moves: [g, d, n] → [g, r, n]."""
+        return columns.clone() if self.right is None else self.right @ columns
 
 
-def drift(before: Tensor, after: Tensor, places: int = 1, biased: bool = False) -> Drift:
+def drift(before: Tensor, after: Tensor) -> Drift:
     """The drift between two networks' rows [g, rows, d] on the same inputs.
 
-    Ridge regression of the difference on all rows at hand, whatever their task, shrunk to the identity. In the rows'
-    own type: it is a rough estimate, and its ridge keeps it well conditioned.
+    Ridge regression of the difference, whatever the rows' task, shrunk to no drift. In the rows' own type: it is a
+    rough estimate, and its ridge keeps it well conditioned.
     """
-    before, change = (_middle(rows, places, biased) for rows in (before, after - before))
-    gram, moved = (before.new_zeros(len(before), *2 * (before.shape[2],)) for _ in range(2))
-    add_moment(gram, before, before, 1.0)
-    add_moment(moved, change, before, 1.0)
+    wide = before.shape[2] > RANK
+    step = -(-before.shape[1] // (RANK if wide else ROWS))
+    before, change = before[:, ::step], after[:, ::step] - before[:, ::step]
+    if wide:  # by the dual: as many equations as rows, instead of as inputs
+        inner = before @ before.mT
+        ridge = RIDGE * inner.diagonal(dim1=1, dim2=2).sum(1) / before.shape[2]
+        inner.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        return Drift(solve_right(change.mT, inner).double(), before.double())
+    gram, moved = before.mT @ before, change.mT @ before
     gram.diagonal(dim1=1, dim2=2).add_(ridge_of(gram, RIDGE)[:, None])
-    matrix = solve_right(moved, gram).double()
-    matrix.diagonal(dim1=1, dim2=2).add_(1.0)
-    return Drift(matrix, places, biased)
-
-
-def _middle(rows: Tensor, places: int, biased: bool) -> Tensor:
-    """What a layer takes in the middle of its kernel, [g, rows, c]."""
-    if places == 1:
-        return rows
-    middle = rows[..., places // 2 : rows.shape[2] - biased : places]
-    return torch.cat([middle, rows[..., -1:]], 2) if biased else middle
+    return Drift(solve_right(moved, gram).double())

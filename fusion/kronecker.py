@@ -1,59 +1,163 @@
-"""Two Kronecker products at once: B₁·X·A₁ + B₂·X·A₂ = R, solved for X in closed form.
+"""Two Kronecker products at once: B₁·(X − C₁)·A₁ + B₂·(X − C₂)·A₂ = 0, solved for X in closed form.
 
 A layer's Fisher information is about A ⊗ B, A the second moment of its inputs and B that of the gradients at its
 outputs (K-FAC, Martens & Grosse 2015). Merging two models in it means one such equation a layer. Sums of Kronecker
 products have no simple inverse in general, and MaTS (Tam et al. 2023) iterates; of two there is one, because two
 symmetric matrices can be made diagonal together.
+
+Of a wide matrix only a dominant subspace is kept, and it is a multiple of the identity outside: activations and, more
+so, gradients live in few directions. The same matrices stand on both sides, so that X is the minimum of what they
+measure.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+EXACT = 512  # a matrix that is no wider is kept whole
+OUTPUTS, INPUTS = 1 / 3, 1 / 2  # of the dimensions of a wider B and A are in its subspace; with 1/6 a merge falls apart
 
-def solve_two(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
-    """X with B₁·X·A₁ + B₂·X·A₂ = R: float64 [g, o, d].
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """B·((X − C)·A − E).
+
+    Attributes:
+        inputs: A [g·m, d, d], positive semidefinite; overwritten.
+        outputs: B [g, o, o], positive semidefinite; each stands for m of the A; overwritten.
+        change: C [g·m, o, d].
+        missed: E [g·m, o, d].
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    change: Tensor
+    missed: Tensor
+
+
+def solve_two(one: Term, two: Term) -> Tensor:
+    """X for which both terms' sum is zero: float64 [g·m, o, d].
 
     With A₁ + A₂ = L·Lᵀ and L⁻¹·A₂·L⁻ᵀ = V·diag(λ)·Vᵀ both are diagonal in the basis L·V, as 1 − λ and λ, and B₁ and B₂
     likewise with μ. There each element of X stands alone, its factor is (1 − μᵢ)(1 − λⱼ) + μᵢ·λⱼ.
 
     Args:
-        one: A₁ [g, d, d] and B₁ [g, o, o], positive definite; overwritten.
-        two: A₂ and B₂, positive semidefinite.
-        right: R [g, o, d].
+        one: its matrices must be positive definite.
     """
-    inner, outer = _Pair(one[0], two[0]), _Pair(one[1], two[1])
-    factors = (1 - outer.values)[:, :, None] * (1 - inner.values)[:, None, :]
-    factors += outer.values[:, :, None] * inner.values[:, None, :]
-    right = inner.into(outer.into(right).mT).mT
-    return inner.out_of(outer.out_of(right.div_(factors)).mT).mT
+    groups = len(one.outputs)
+    modes = len(one.inputs) // groups
+    outer, inner = _Pair(one.outputs, two.outputs, OUTPUTS), _Pair(one.inputs, two.inputs, INPUTS)
+    wanted = [_beside(inner.times(i, term.change.mT).mT + term.missed, groups) for i, term in enumerate((one, two))]
+
+    def solve(rows: Tensor, shares: Tensor) -> Tensor:
+        """((1 − t)·A₁ + t·A₂)⁻¹ on each row: [g, r, m·d], t [g, r]."""
+        shares = shares.repeat_interleave(modes, 0)[:, None]
+        return _beside(inner.solve(_apart(rows, modes).mT, shares).mT, groups)
+
+    right = torch.lerp(outer.back(wanted[0]), outer.back(wanted[1]), outer.values[..., None])
+    result = outer.out_of(solve(right, outer.values))
+    if outer.tails is not None:
+        share = (outer.tails[1] / (outer.tails[0] + outer.tails[1]))[:, None]
+        result += solve(outer.outside(torch.lerp(wanted[0], wanted[1], share[..., None])), share)
+    return _apart(result, modes)
+
+
+def _beside(modes: Tensor, groups: int) -> Tensor:
+    """[g·m, o, d] → [g, o, m·d]."""
+    return modes.reshape(groups, -1, *modes.shape[1:]).transpose(1, 2).flatten(2)
+
+
+def _apart(columns: Tensor, modes: int) -> Tensor:
+    """The inverse of `_beside`."""
+    return columns.reshape(*columns.shape[:2], modes, -1).transpose(1, 2).flatten(0, 1)
 
 
 class _Pair:
-    """The common basis of two symmetric matrices.
+    """The common basis of two symmetric matrices [g, n, n], M₁ and M₂, which are overwritten.
 
     Eigenvectors, and products with them, in float32: λ lies between 0 and 1 by construction and the vectors are
     orthonormal, so that errors stay as small as that, and a wide layer costs half of the time and memory. Everything
     else is float64.
+
+    Attributes:
+        values: λ [g, r].
+        tails: what stands for M₁ and M₂ outside of the subspace, 2 × [g]; None where there is no outside.
     """
 
-    def __init__(self, one: Tensor, two: Tensor) -> None:
-        self._root = torch.linalg.cholesky(one.add_(two))
-        half = torch.linalg.solve_triangular(self._root, two, upper=False)
+    def __init__(self, one: Tensor, two: Tensor, share: float) -> None:
+        self._basis: Tensor | None = None
+        self.tails: tuple[Tensor, Tensor] | None = None
+        self._kept = [one, two]
+        size = one.shape[1]
+        if size > EXACT:
+            rank = round(share * size)
+            basis = _dominant(one + two, rank)
+            self._basis = basis.double()
+            self._kept = [(basis.mT @ (m.float() @ basis)).double() for m in (one, two)]
+            first, second = (
+                (_trace(m) - _trace(kept)) / (size - rank) for m, kept in zip((one, two), self._kept, strict=True)
+            )
+            self.tails = first, second
+        self._root = torch.linalg.cholesky(self._kept[0] + self._kept[1])
+        half = torch.linalg.solve_triangular(self._root, self._kept[1], upper=False)
         whole = torch.linalg.solve_triangular(self._root, half.mT, upper=False)
         del half
         values, vectors = torch.linalg.eigh(whole.float())
-        self.values, self._vectors = values.clamp_(0, 1), vectors
+        self.values, self._vectors = values.double().clamp_(0, 1), vectors
 
-    def into(self, right: Tensor) -> Tensor:
-        """Vᵀ·L⁻¹·right, float32."""
-        whitened: Tensor = torch.linalg.solve_triangular(self._root, right.double(), upper=False)
-        turned: Tensor = self._vectors.mT @ whitened.float()
-        return turned
+    def times(self, which: int, columns: Tensor) -> Tensor:
+        """M·columns of one of the two, as it is thought to be: [g, n, k]."""
+        if self._basis is None or self.tails is None:
+            return self._kept[which] @ columns
+        tail = self.tails[which][:, None, None]
+        seen = self._basis.mT @ columns
+        return self._basis @ (self._kept[which] @ seen - tail * seen) + tail * columns
 
-    def out_of(self, right: Tensor) -> Tensor:
-        """L⁻ᵀ·V·right, float64."""
-        turned = (self._vectors @ right.float()).double()
-        result: Tensor = torch.linalg.solve_triangular(self._root.mT, turned, upper=True)
+    def solve(self, columns: Tensor, shares: Tensor) -> Tensor:
+        """((1 − t)·M₁ + t·M₂)⁻¹ on each column: [g, n, k], t [g, 1, k or 1]."""
+        values = self.values[..., None]
+        lowered = torch.linalg.solve_triangular(self._root, self._seen(columns), upper=False)
+        turned = self._vectors.mT @ lowered.float()
+        result = self.out_of(turned / torch.lerp(1 - values, values, shares))
+        if self.tails is not None:
+            first, second = (tail[:, None, None] for tail in self.tails)
+            result += self.outside(columns) / torch.lerp(first, second, shares)
         return result
+
+    def out_of(self, columns: Tensor) -> Tensor:
+        """L⁻ᵀ·V·columns: [g, r, k] → [g, n, k]."""
+        turned = (self._vectors @ columns.float()).double()
+        result: Tensor = torch.linalg.solve_triangular(self._root.mT, turned, upper=True)
+        return result if self._basis is None else self._basis @ result
+
+    def back(self, columns: Tensor) -> Tensor:
+        """Vᵀ·Lᵀ·columns, the inverse of `out_of` on the subspace: [g, n, k] → [g, r, k]."""
+        turned: Tensor = self._vectors.mT @ (self._root.mT @ self._seen(columns)).float()
+        return turned.double()
+
+    def outside(self, columns: Tensor) -> Tensor:
+        """What of the columns lies outside of the subspace."""
+        assert self._basis is not None
+        return columns - self._basis @ (self._basis.mT @ columns)
+
+    def _seen(self, columns: Tensor) -> Tensor:
+        return columns if self._basis is None else self._basis.mT @ columns
+
+
+def _dominant(matrix: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis of about the dominant subspace of a positive semidefinite [g, n, n]: float32 [g, n, rank].
+
+    Two steps of the power method from random directions (Halko, Martinsson & Tropp 2011).
+    """
+    work = matrix.float()
+    basis = torch.randn(*work.shape[:2], rank, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        basis = torch.linalg.qr(work @ basis).Q
+    return basis
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=1, dim2=2).sum(1)

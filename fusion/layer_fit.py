@@ -1,8 +1,8 @@
-"""One layer of the merge: weighted least squares between what two teachers' layers give, in closed form.
+"""One layer of the merge: weighted least squares between what two teachers' layers give.
 
-All matrices are float64, per group: layers [g, o, d], moments [g, d, d], as `AffineLayer` and `moment` give them. A
-wide layer's moment is a good part of the whole model (3072 inputs: 75 MB), so they are made one after the other, and
-in place of each other.
+All matrices are float64: layers [g·m, o, d] and moments [g·m, d, d] of each frequency m (`Modes`), moments of gradients
+[g, o, o]. A wide layer's moment is a good part of the whole model (3072 inputs: 75 MB), so they are made one after the
+other, and in place of each other.
 """
 
 from __future__ import annotations
@@ -14,69 +14,72 @@ from torch import Tensor
 
 from foldd.fusion.drift import Drift
 from foldd.fusion.gram import add_moment, mirror, ridge_of
-from foldd.fusion.kronecker import solve_two
+from foldd.fusion.kronecker import Term, solve_two
 
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What a layer sees of one task's inputs: rows [g, rows, d] of the teacher and of the merge under way."""
+    """What a layer sees of one task's inputs: rows [g·m, rows, d] of the teacher and of the merge under way."""
 
     teacher: Tensor
     student: Tensor
 
     def equations(self, layer: Tensor, student: float) -> tuple[Tensor, Tensor]:
-        """G and H whose solution H·G⁻¹ makes a layer do what the teacher's `layer` does on these inputs.
+        """G and E whose solution W + E·G⁻¹ makes a layer do what the teacher's `layer` W does on these inputs.
 
         With student = 1 the layer answers the student's inputs as the teacher's layer answers its own, and so takes
         back what the layers before it have changed (Nguyen et al. 2025 feed merged inputs too); with 0 it copies the
-        teacher's layer where the teacher's inputs lie (RegMean, Jin et al. 2023, equation 2). Between, the mean.
+        teacher's layer where the teacher's inputs lie (RegMean, Jin et al. 2023, equation 2), and E is zero. Between,
+        the mean.
         """
         gram = layer.new_zeros(len(layer), layer.shape[2], layer.shape[2])
+        missed = torch.zeros_like(layer)
         if student < 1:
             add_moment(gram, self.teacher, self.teacher, 1 - student)
         if student > 0:
             add_moment(gram, self.student, self.student, student)
+            lost = self.teacher - self.student
+            if layer.shape[2] < 2 * layer.shape[1]:  # the order of three factors that costs less
+                cross = torch.zeros_like(gram)
+                add_moment(cross, lost, self.student, student)
+                missed = layer @ cross
+            else:
+                add_moment(missed, lost @ layer.mT.to(lost.dtype), self.student, student)
         mirror(gram)
-        # The product with what the teacher's layer makes of the difference, and not with its answer: where nothing has
-        # changed H is W·G to the last bit, so that rounding in G cancels. It is also the smaller product.
-        target = layer @ gram
-        if student > 0:
-            missed = (self.teacher - self.student) @ layer.transpose(1, 2).to(self.teacher.dtype)
-            add_moment(target, missed, self.student, student)
-        return gram, target
+        return gram, missed
 
 
-def old_equations(gram: Tensor, layer: Tensor, drift: Drift | None, share: float) -> tuple[Tensor, Tensor]:
-    """G and H of all tasks folded so far, which are known by their second moments alone.
+def old_equations(gram: Tensor, layer: Tensor, drift: Drift, share: float) -> tuple[Tensor, Tensor]:
+    """G and E of all tasks folded so far, which are known by their second moments alone.
 
-    Their inputs x have become about R·x by the layers changed so far. The equations of x and of R·x are mixed:
-    E‖W·x − W_old·x‖² and E‖W·R·x − W_old·x‖² both have moments of x only.
+    Their inputs x have become about R·x = x + U·V·x by the layers changed so far. The equations of x and of R·x are
+    mixed: E‖W·x − W_old·x‖² and E‖W·R·x − W_old·x‖² both have moments of x only.
 
     Args:
         gram: G of the old inputs as they were; it is overwritten.
-        drift: R.
         share: of the moved inputs' equations.
     """
-    target = layer @ gram
-    if drift is None or not share:
-        return gram, target
-    moved = drift.applied(gram)  # G·Rᵀ
-    target.baddbmm_(layer, moved, beta=1 - share, alpha=share)
-    return gram.mul_(1 - share).add_(drift.applied(moved.mT).mT, alpha=share), target
+    left, seen = drift.left, drift.seen(gram)  # V·G
+    moved = torch.baddbmm(seen, drift.seen(seen.mT), left.mT)  # V·G·Rᵀ
+    gram.baddbmm_(seen.mT, left.mT, alpha=share).baddbmm_(left, moved, alpha=share)
+    return gram, (layer @ left).mul_(-share) @ moved
 
 
 @dataclass(frozen=True, eq=False)
 class Equations:
-    """One side of the fit: tr(B·(W·G·Wᵀ − 2·W·Hᵀ)), a layer's loss as its Fisher information sees it.
+    """One side of the fit: tr(B·(D·G·Dᵀ − 2·D·Eᵀ)) with D = W − the teacher's layer: its loss as its Fisher information
+    sees it.
 
     Attributes:
-        gram: G [g, d, d], second moment of the inputs.
-        target: H [g, o, d]: what the layer should give, times the inputs, in the mean.
+        layer: the teacher's [g·m, o, d].
+        gram: G, second moment of the inputs.
+        missed: E [g·m, o, d]: what the layer should give beyond that, times the inputs, in the mean.
         curvature: B [g, o, o], second moment of the gradients at the outputs: which errors change decisions.
     """
 
+    layer: Tensor
     gram: Tensor
-    target: Tensor
+    missed: Tensor
     curvature: Tensor
 
 
@@ -88,13 +91,12 @@ def fit(old: Equations, new: Equations, prior: Tensor, ridge: float) -> Tensor:
     Solved for the difference to `prior`, so that where both sides agree with it nothing moves by rounding.
 
     Args:
-        old, new: their moments are overwritten.
+        old, new: the old one's G is overwritten.
     """
     extra = ridge_of(old.gram, ridge) + ridge_of(new.gram, ridge)
-    right = old.curvature @ old.target.sub_(prior @ old.gram)
-    right += new.curvature @ new.target.sub_(prior @ new.gram)
     old.gram.diagonal(dim1=1, dim2=2).add_(extra[:, None])
-    return prior + solve_two((old.gram, old.curvature), (new.gram, new.curvature), right)
+    terms = (Term(e.gram, e.curvature, e.layer - prior, e.missed) for e in (old, new))
+    return prior + solve_two(*terms)
 
 
 def damped(curvature: Tensor, damping: float) -> Tensor:

@@ -41,12 +41,15 @@ from foldd.fusion.drift import drift
 from foldd.fusion.gram import moment, pack_gram, unpack_gram
 from foldd.fusion.layer_fit import Equations, Sight, damped, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
+from foldd.fusion.modes import Modes
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
 from foldd.fusion.statistics import merge_statistics
 from foldd.fusion.task_vector import applied, task_vector
 from foldd.fusion.transport import sinkhorn_divergence
 
 MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
+POSITIONS = 16  # rows of an input's places or tokens; four times as many bring nothing
+
 BACKWARD_BATCH = 16  # inputs per pass with gradients, which keeps all activations
 _GRAM, _CURVATURE = "gram", "curvature"
 _COVERED = "gram-count"  # how many tasks the moments have seen
@@ -130,20 +133,23 @@ class _Fold:
         assert base.walker is not None, "otmf looks into the layers, so it needs the captured network"
         self.method, self.state, self.head, self.walker = method, state, head, base.walker
         self.first = not state.count
-        self.split = len(incoming)
         self.vector = vector
         self.merged: dict[str, Tensor] = {}  # filled when the walk begins: the gradients' pass needs the room
         self.moments: dict[str, Tensor] = {}
-        both = incoming if self.first else torch.cat([incoming, previous])
-        self.teacher, self.before, self.student = (
+        self.lanes = [
             Lane(applied(base, change), inputs)
-            for change, inputs in ((vector, incoming), (state.merged, both), (self.merged, both))
-        )
+            for change, inputs in (
+                (vector, incoming), (self.merged, incoming), (state.merged, previous), (self.merged, previous),
+                (state.merged, incoming),
+            )
+        ][: 1 if self.first else None]  # fmt: skip
+        self.teacher = self.lanes[0]
 
     @property
     def features(self) -> list[Tensor]:
-        lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
-        return [lane.features for lane in lanes if lane.features is not None]
+        """Of the incoming inputs by the incoming model and the merge, of the previous task's by the old merge and the
+        new one; and of the incoming inputs by the old merge."""
+        return [lane.features for lane in self.lanes if lane.features is not None]
 
     def measure_curvature(self, generator: torch.Generator) -> None:
         """Each layer's B of the incoming task, where its own network makes a difference to what it decides.
@@ -161,86 +167,97 @@ class _Fold:
             return F.cross_entropy(logits, drawn, reduction="sum")
 
         def take(layer: AffineLayer, rows: Tensor) -> None:
-            key, part = f"{_CURVATURE}/{layer.weight}", pack_gram(moment(rows, rows).mul_(rows.shape[1]))
+            key, part = f"{_CURVATURE}/{layer.weight}", pack_gram(rows.mT @ rows)
             known = self.moments.get(key)
             self.moments[key] = part if known is None else known.add_(part)
 
         if self.method.damping < 1:
             for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True):
-                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take)
+                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take, POSITIONS)
 
     def layers(self) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
-        lanes = [self.teacher] if self.first else [self.teacher, self.before, self.student]
         self.merged.update(_means(self.state, self.vector))
-        for layer, inputs in self.walker.walk(lanes):
+        for layer, inputs in self.walker.walk(self.lanes):
             shape = self.state.base.weights[layer.weight]
-            rows = [layer.rows(x, shape) for x in inputs]
+            modes = Modes.of(layer, shape)
+            rows = [modes.split(layer.rows(x, shape, POSITIONS)) for x in inputs]
             del inputs, shape
             if self.first:
                 self.moments[f"{_GRAM}/{layer.weight}"] = pack_gram(moment(rows[0], rows[0]))
                 curvature = self._curvature(layer, layer.matrix(self.teacher.weights))
                 self.moments[f"{_CURVATURE}/{layer.weight}"] = pack_gram(curvature)
             else:
-                self._fit(layer, rows)
+                self._fit(layer, modes, rows)
             del rows  # before the walk goes on
             yield
 
-    def _fit(self, layer: AffineLayer, rows: list[Tensor]) -> None:
+    def _fit(self, layer: AffineLayer, modes: Modes, rows: list[Tensor]) -> None:
         """Sets one layer of the merge, and adds to its moments.
 
         Args:
-            rows: what the incoming model, the old merge and the merge under way feed into it.
+            rows: what each lane's network feeds into it, by frequency.
         """
-        own, before, student = rows
-        old_layer, new_layer = layer.matrix(self.before.weights), layer.matrix(self.teacher.weights)
-        count, seen = self.state.count, own.shape[1]  # rows of the incoming inputs; the previous task's follow
+        new, old, count = Sight(*rows[:2]), Sight(*rows[2:4]), self.state.count
+        new_layer, old_layer = (modes.split(layer.matrix(self.lanes[i].weights)) for i in (0, 2))
+        new_gram, new_missed = new.equations(new_layer, self.method.student)
         key = f"{_GRAM}/{layer.weight}"
-        gram, target = self._old(layer, before, student, old_layer)
+        gram, missed = self._gram(key, modes, old.teacher), torch.zeros_like(old_layer)
+        self.moments[key] = pack_gram(gram, new_gram)
+        if self.method.drift:
+            gram, missed = old_equations(
+                gram, old_layer, drift(torch.cat(rows[2::2], 1), torch.cat(rows[3:0:-2], 1)), self.method.drift
+            )
         if self.method.previous:
-            again, wanted = Sight(before[:, seen:], student[:, seen:]).equations(old_layer, 1.0)
+            again, wanted = old.equations(old_layer, 1.0)
             gram.add_(again, alpha=self.method.previous)
-            target.add_(wanted, alpha=self.method.previous)
+            missed.add_(wanted, alpha=self.method.previous)
             del again, wanted
-        new_gram, new_target = Sight(own, student[:, :seen]).equations(new_layer, self.method.student)
-        self.moments[key] = pack_gram(self._gram(key, before), new_gram)
         curvature, stored = self._curvature(layer, new_layer), f"{_CURVATURE}/{layer.weight}"
         size = new_layer.shape[1]
-        total = self._stored(stored, size, lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature))
+        total = self._stored(
+            stored,
+            partial(unpack_gram, size=size),
+            lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature),
+        )
         self.moments[stored] = pack_gram(total, curvature)
-        old = Equations(gram, target, total.div_(count))
         share = self.method.incoming
-        new = Equations(new_gram.mul_(share), new_target.mul_(share), curvature)
-        prior = torch.lerp(old_layer, new_layer, 1 / (count + 1))
-        for name, tensor in layer.assign(fit(old, new, prior, self.method.ridge), self.student.weights).items():
+        matrix = fit(
+            Equations(old_layer, gram, missed, total.div_(count)),
+            Equations(new_layer, new_gram.mul_(share), new_missed.mul_(share), curvature),
+            torch.lerp(old_layer, new_layer, 1 / (count + 1)),
+            self.method.ridge,
+        )
+        for name, tensor in layer.assign(modes.join(matrix), self.lanes[1].weights).items():
             self.merged[name] = tensor.sub_(self.state.base.weights[name])
 
-    def _old(self, layer: AffineLayer, before: Tensor, student: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """G and H of all older tasks, with the drift of this fold."""
-        moved, share = None, self.method.drift
-        if share:
-            moved = drift(before, student, layer.places(self.state.base.weights[layer.weight]), layer.bias is not None)
-        return old_equations(self._gram(f"{_GRAM}/{layer.weight}", before), matrix, moved, share)
-
-    def _gram(self, key: str, before: Tensor) -> Tensor:
+    def _gram(self, key: str, modes: Modes, before: Tensor) -> Tensor:
         """G of all folded tasks; where there are no moments, of the inputs at hand as the merged network sees them."""
-        return self._stored(key, before.shape[2], lambda: moment(before, before))
+        size = before.shape[2]
+
+        def unpack(stored: Tensor) -> Tensor:
+            if stored.shape[1] == size * (size + 1) // 2:
+                return unpack_gram(stored, size)
+            # From before frequencies had moments of their own.
+            return modes.of_moment(unpack_gram(stored, (size - modes.biased) * modes.count + modes.biased))
+
+        return self._stored(key, unpack, lambda: moment(before, before))
 
     def _curvature(self, layer: AffineLayer, matrix: Tensor) -> Tensor:
         """B of the incoming task, as measured, damped."""
         measured = self.moments.get(f"{_CURVATURE}/{layer.weight}")
         size = matrix.shape[1]
-        empty = matrix.new_zeros(len(matrix), size, size)
+        empty = matrix.new_zeros(layer.groups, size, size)
         return damped(empty if measured is None else unpack_gram(measured, size), self.method.damping)
 
-    def _stored(self, key: str, size: int, stand_in: Callable[[], Tensor]) -> Tensor:
-        """A moment summed over all folded tasks, float64 [g, size, size]; `stand_in` for each of the tasks that another
-        method folded, which left none."""
+    def _stored(self, key: str, unpack: Callable[[Tensor], Tensor], stand_in: Callable[[], Tensor]) -> Tensor:
+        """A moment summed over all folded tasks, float64; `stand_in` for each of the tasks that another method folded,
+        which left none."""
         stored = self.state.statistics.get(key)
         if stored is None:
             return stand_in() * self.state.count
         missing = self.state.count - float(self.state.statistics[_COVERED])
-        total = unpack_gram(stored, size)
+        total = unpack(stored)
         return total.add_(stand_in(), alpha=missing) if missing else total
 
     def agreement(self, task: str) -> dict[str, float]:
@@ -257,11 +274,11 @@ class _Fold:
     def _pairs(self, task: str) -> Iterator[tuple[str, HeadTensors, tuple[Tensor, Tensor]]]:
         if self.first:
             return
-        own, before, student = self.features
-        yield task, self.head, (student[: self.split], own)
+        own, merged, before, again, _ = self.features
+        yield task, self.head, (merged, own)
         previous = self.state.previous
         if previous is not None and previous != task and previous in self.state.heads:
-            yield previous, self.state.heads[previous], (student[self.split :], before[self.split :])
+            yield previous, self.state.heads[previous], (again, before)
 
 
 def _means(state: MergeState, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
