@@ -91,11 +91,12 @@ def fit(old: Equations, new: Equations, prior: Tensor, ridge: float) -> Tensor:
     Solved for the difference to `prior`, so that where both sides agree with it nothing moves by rounding.
 
     Args:
-        old, new: the old one's G is overwritten.
+        old, new: overwritten, but for their layers.
     """
-    extra = ridge_of(old.gram, ridge) + ridge_of(new.gram, ridge)
-    old.gram.diagonal(dim1=1, dim2=2).add_(extra[:, None])
-    terms = (Term(e.gram, e.curvature, e.layer - prior, e.missed) for e in (old, new))
+    terms = [Term(e.gram, e.curvature, e.layer - prior, e.missed) for e in (old, new)]
+    extra = (ridge_of(old.gram, ridge) + ridge_of(new.gram, ridge))[:, None]
+    old.gram.diagonal(dim1=1, dim2=2).add_(extra)
+    terms[0].missed.sub_(extra[..., None] * terms[0].change)  # it pulls to the prior, not to the old layer
     return prior + solve_two(*terms)
 
 

@@ -150,11 +150,22 @@ def test_places_of_a_large_image_are_thinned_alike():
     layer = AffineLayer("conv", "w", "b", kernel=((1, 1), (1, 1), (1, 1)))
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(3))
     weight, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
-    rows = layer.rows(x, weight)
-    assert rows.shape[1] <= 2 * 256
+    rows = layer.rows(x, weight, 16)
+    assert rows.shape[1] == 2 * 16
     matrix = layer.matrix({"w": weight, "b": bias}).float()
-    expected = layer.picked(F.conv2d(x, weight, bias, padding=1))
+    expected = layer.picked(F.conv2d(x, weight, bias, padding=1), 16)
     torch.testing.assert_close(rows @ matrix.transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_are_thinned_alike_and_all_of_them_are_seen():
+    layer = AffineLayer("linear", "w", "b")
+    x = torch.arange(65.0)[None, :, None] + torch.zeros(65, 65, 1)  # each token says which it is
+    rows = layer.rows(x, torch.randn(4, 1), 16)
+    assert rows.shape == (1, 65 * 16, 2)
+    assert torch.equal(rows[..., :1], layer.picked(x, 16))
+    assert set(rows[0, :, 0].tolist()) == set(range(65))
+    assert torch.equal(layer.rows(x[:, :16], torch.randn(4, 1), 16)[0, :, 0], x[:, :16].flatten())
+    assert layer.rows(x[:, 0], torch.randn(4, 1), 16).shape == (1, 65, 2), "no tokens: one row an input"
 
 
 def test_layers_of_the_whole_network_are_found_without_names():

@@ -2,42 +2,111 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from foldd.fusion.kronecker import solve_two
+from foldd.fusion import kronecker
+from foldd.fusion.kronecker import Term, solve_two
 
 
-def positive(size: int, rank: int, floor: float, seed: int) -> Tensor:
-    """[2, size, size], of a rank, plus a multiple of the identity."""
-    x = torch.randn(2, size, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def positive(count: int, size: int, rank: int, floor: float, seed: int) -> Tensor:
+    """[count, size, size], of a rank, plus a multiple of the identity."""
+    x = random(count, size, rank, seed=seed)
     return x @ x.mT / rank + floor * torch.eye(size, dtype=torch.float64)
 
 
-def test_it_is_the_solution_of_the_whole_system() -> None:
-    a, b = (positive(7, 9, 1e-3, 1), positive(7, 3, 0.0, 2)), (positive(4, 6, 0.1, 3), positive(4, 2, 0.1, 4))
-    right = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    got = solve_two((a[0].clone(), b[0].clone()), (a[1], b[1]), right.clone())
-    for group in range(2):
-        # Of a matrix by rows: B·X·A is (B ⊗ Aᵀ)·x.
-        system = sum(torch.kron(y[group], x[group].mT.contiguous()) for x, y in zip(a, b, strict=True))
-        expected = torch.linalg.solve(system, right[group].reshape(-1)).reshape(4, 7)
-        torch.testing.assert_close(got[group], expected, rtol=1e-4, atol=1e-4)
+def terms(modes: int, outputs: int, inputs: int, rank: int) -> list[Term]:
+    """Two groups; the second side knows nothing of most inputs."""
+    shape = (2 * modes, outputs, inputs)
+    return [
+        Term(
+            positive(2 * modes, inputs, r, floor, 10 * i),
+            positive(2, outputs, rank, 0.1, 10 * i + 1),
+            random(*shape, seed=10 * i + 2),
+            random(*shape, seed=10 * i + 3),
+        )
+        for i, (r, floor) in enumerate([(inputs + 2, 1e-2), (rank, 0.0)])
+    ]
 
 
-def test_without_outer_matrices_it_is_least_squares() -> None:
-    a, eye = (positive(6, 8, 1e-3, 1), positive(6, 8, 0.0, 2)), torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
-    right = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    got = solve_two((a[0].clone(), eye.clone()), (a[1], eye), right.clone())
-    torch.testing.assert_close(got, right @ torch.linalg.inv(a[0] + a[1]), rtol=1e-5, atol=1e-5)
+def solved(sides: list[Term]) -> Tensor:
+    return solve_two(*(Term(t.inputs.clone(), t.outputs.clone(), t.change, t.missed) for t in sides))
+
+
+def whole(sides: list[Term]) -> Tensor:
+    """The same by the system of all unknowns. Of a matrix by rows: B·X·A is (B ⊗ Aᵀ)·x."""
+    answer = torch.zeros_like(sides[0].change)
+    modes = len(answer) // len(sides[0].outputs)
+    for i in range(len(answer)):
+        systems = [torch.kron(t.outputs[i // modes], t.inputs[i].mT.contiguous()) for t in sides]
+        right = sum(t.outputs[i // modes] @ (t.change[i] @ t.inputs[i] + t.missed[i]) for t in sides)
+        answer[i] = torch.linalg.solve(sum(systems), right.reshape(-1)).reshape(answer[i].shape)
+    return answer
+
+
+@pytest.mark.parametrize("modes", [1, 3])
+def test_it_is_the_solution_of_the_whole_system(modes: int) -> None:
+    sides = terms(modes, 4, 7, 3)
+    torch.testing.assert_close(solved(sides), whole(sides), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_both_sides_want_comes_out() -> None:
+    sides = terms(2, 4, 7, 3)
+    change = sides[0].change
+    agreed = [Term(t.inputs, t.outputs, change, torch.zeros_like(change)) for t in sides]
+    torch.testing.assert_close(solved(agreed), change, rtol=1e-5, atol=1e-5)
 
 
 def test_what_only_one_side_knows_is_that_side_s() -> None:
-    """Inputs and outputs of which the second pair knows nothing keep the first pair's answer."""
+    """Inputs of which the second side knows nothing keep the first one's answer, and the other way round."""
     a = (torch.diag(torch.tensor([1.0, 1, 1e-9])).double(), torch.diag(torch.tensor([0.0, 0, 1])).double())
     b = torch.eye(2, dtype=torch.float64)
-    one, two = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
-    right = one @ a[0] + two @ a[1]
-    got = solve_two((a[0][None].clone(), b[None].clone()), (a[1][None], b[None]), right[None])[0]
-    torch.testing.assert_close(got[:, :2], one[:, :2])
-    torch.testing.assert_close(got[:, 2], two[:, 2])
+    one, two = random(2, 3, seed=1), random(2, 3, seed=2)
+    zero = torch.zeros(1, 2, 3, dtype=torch.float64)
+    got = solve_two(
+        *(Term(x[None].clone(), b[None].clone(), c[None], zero) for x, c in zip(a, (one, two), strict=True))
+    )
+    torch.testing.assert_close(got[0, :, :2], one[:, :2])
+    torch.testing.assert_close(got[0, :, 2], two[:, 2])
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a matrix of a dozen rows were a wide one."""
+    monkeypatch.setattr(kronecker, "EXACT", 8)
+
+
+def test_outside_of_the_subspace_a_multiple_of_the_identity_is_exact(narrow: None) -> None:
+    """Gradients in three directions of twelve, inputs in four of fourteen, and the rest alike: nothing is lost."""
+    inputs, outputs = positive(2, 14, 4, 0.0, 7), positive(1, 12, 3, 0.0, 8)
+    sides = [
+        Term(
+            (1 + i) * inputs + (1 + 3 * i) * 1e-3 * torch.eye(14),
+            (2 - i) * outputs + (2 + i) * 1e-3 * torch.eye(12),
+            random(2, 12, 14, seed=10 * i),
+            random(2, 12, 14, seed=10 * i + 1) @ inputs,
+        )
+        for i in range(2)
+    ]
+    expected = whole(sides)
+    assert float((solved(sides) - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+def test_with_subspaces_it_is_the_minimum_of_what_they_measure(narrow: None) -> None:
+    """Whatever is lost of the matrices: the answer is exact for those that stand for them."""
+    sides = terms(2, 12, 14, 11)
+    stand_ins = []
+    for shares, name, size in ((kronecker.OUTPUTS, "outputs", 12), (kronecker.INPUTS, "inputs", 14)):
+        pair = kronecker._Pair(*(getattr(t, name).clone() for t in sides), shares)
+        assert pair.tails is not None
+        stand_ins.append([pair.times(i, torch.eye(size, dtype=torch.float64)) for i in range(2)])
+    thin = [Term(a, b, t.change, t.missed) for b, a, t in zip(*stand_ins, sides, strict=True)]
+    torch.testing.assert_close(solved(sides), whole(thin), rtol=1e-3, atol=1e-3)
+    for given, stand_in in zip(sides, stand_ins[1], strict=True):
+        traces = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (given.inputs, stand_in)]
+        torch.testing.assert_close(*traces, rtol=1e-5, atol=1e-5)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foldd.base.network import Base
+from foldd.base.walk import Lane
 from foldd.core.bundle import Checkpoint
 from foldd.core.errors import BadCheckpoint
 from foldd.core.roles import Role
 from foldd.fusion.average import Average
 from foldd.fusion.gram import moment, pack_gram, solve_right, unpack_gram
 from foldd.fusion.layer_fit import Equations, Sight, damped, fit
-from foldd.fusion.otmf import Otmf
+from foldd.fusion.otmf import POSITIONS, Otmf
 from foldd.fusion.state import MergeState, merged_weights, pack
 from foldd.fusion.statistics import merge_statistics
 from foldd.fusion.task_vector import task_vector
@@ -60,7 +61,11 @@ def test_fit_minimises_its_objective() -> None:
     seen = [(rows(40, 5, seed=1), rows(40, 3, seed=2)), (rows(60, 5, seed=3), rows(60, 3, seed=4))]
     curvatures = [moment(r, r) for r in (rows(30, 3, seed=6), rows(30, 3, seed=7))]
     prior = rows(3, 5, seed=5)
-    sides = [Equations(moment(x, x), moment(y, x), b.clone()) for (x, y), b in zip(seen, curvatures, strict=True)]
+    layers = rows(3, 5, seed=8), rows(3, 5, seed=9)  # any: what they do not give is missed
+    sides = [
+        Equations(w, moment(x, x), moment(y - x @ w.mT, x), b.clone())
+        for (x, y), w, b in zip(seen, layers, curvatures, strict=True)
+    ]
     got = fit(*sides, prior, 0.1)
     scale = 0.1 * float(sum(moment(x, x) for x, _ in seen).diagonal(dim1=1, dim2=2).mean())
 
@@ -85,21 +90,19 @@ def test_damping_scales_and_mixes_with_the_identity() -> None:
     torch.testing.assert_close(got[1], torch.eye(4, dtype=torch.float64))  # no gradient reached it
 
 
-def test_equations_with_student_inputs_take_back_what_came_before() -> None:
+@pytest.mark.parametrize("outputs", [2, 8])
+def test_equations_with_student_inputs_take_back_what_came_before(outputs: int) -> None:
     """Where the student's inputs are an invertible map of the teacher's, the fitted layer undoes the map."""
     teacher = rows(200, 5, seed=1)
     change = torch.eye(5, dtype=torch.float64) + 0.2 * rows(5, 5, seed=2)[0]
-    layer = rows(3, 5, seed=3)
+    layer = rows(outputs, 5, seed=3)
     sight = Sight(teacher, teacher @ change.T)
-    undone = solved(sight.equations(layer, 1.0))
+    gram, missed = sight.equations(layer, 1.0)
+    undone = layer + missed @ torch.linalg.inv(gram)
     torch.testing.assert_close(undone @ change, layer, rtol=1e-6, atol=1e-6)
-    copied = solved(sight.equations(layer, 0.0))
-    torch.testing.assert_close(copied, layer, rtol=1e-6, atol=1e-6)
-
-
-def solved(equations: tuple[Tensor, Tensor]) -> Tensor:
-    gram, target = equations
-    return target @ torch.linalg.inv(gram)
+    gram, missed = sight.equations(layer, 0.0)
+    torch.testing.assert_close(gram, moment(teacher, teacher))
+    assert not missed.any(), "the teacher's layer is what is wanted"
 
 
 def test_solve_right() -> None:
@@ -216,9 +219,29 @@ def test_a_grouped_convolution_that_another_method_folded(grouped: Base, make: A
     """Its stand-in moments have as many groups as it has."""
     state = run(Average(), grouped, make(grouped, "a", 1), make(grouped, "b", 2))
     after, _ = Otmf().fold(state, make(grouped, "c", 3), seed=0)
-    assert after.statistics["gram/conv.weight"].shape[0] == 3
+    frequencies = grouped.weights["conv.weight"][0, 0].numel()
+    assert after.statistics["gram/conv.weight"].shape[0] == 3 * frequencies
     assert after.statistics["curvature/conv.weight"].shape[0] == 3
     assert all(bool(tensor.isfinite().all()) for tensor in after.merged.values())
+
+
+def test_moments_of_whole_patches_are_taken_over(cnn: Base, make: Any) -> None:
+    """A state from before a kernel's frequencies had moments of their own: their blocks are in it."""
+    state, one = run(Otmf(), cnn, make(cnn, "a", 1)), make(cnn, "b", 2)
+    x = torch.from_numpy(make(cnn, "a", 1).inputs)
+    weights = merged_weights(state)
+    assert cnn.walker is not None
+    older = {}
+    for layer, (inputs,) in cnn.walker.walk([Lane(weights, x)]):
+        patches = layer.rows(inputs, weights[layer.weight], POSITIONS)
+        older[f"gram/{layer.weight}"] = pack_gram(moment(patches, patches))
+    assert any(older[name].shape != state.statistics[name].shape for name in older)
+    before = replace(state, statistics=state.statistics | older)
+    expected, got = (Otmf().fold(s, one, seed=0)[0] for s in (state, before))
+    for name, tensor in expected.statistics.items():
+        torch.testing.assert_close(got.statistics[name], tensor, rtol=1e-4, atol=1e-5)
+    for name, tensor in expected.merged.items():
+        torch.testing.assert_close(got.merged[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_report_says_how_well_the_teachers_are_followed(mlp: Base, make: Any) -> None:
