@@ -1,7 +1,7 @@
 """`otmf`, what foldd ships: a fold in closed form, layer by layer, that needs no labels and no old data.
 
 It keeps the frame of OTMF (arXiv 2511.19561): two task vectors, two frozen teachers, the previous and the incoming
-task's inputs, features pulled to the teachers' by transport. Three things are different, because validation said so.
+task's inputs, features pulled to the teachers' by transport. Four things are different, because validation said so.
 
 - **The transport has a known plan.** The published form moves a cloud of merged features onto a teacher's cloud and
   has to find out which point goes where. But student and teacher see the same inputs: each feature's mate is known,
@@ -13,6 +13,8 @@ task's inputs, features pulled to the teachers' by transport. Three things are d
   layer W is the one with B·W·G + B′·W·G′ = B·W_merged·G + B′·W_incoming·G′: in the common basis of (G, G′) and (B, B′)
   a mask on either task vector, element by element, with known values. G and B are sums over all folded tasks, so they
   have constant size and no old input is kept.
+
+- **A convolution is a sum over spatial frequencies** (`Modes`), each with a G of its own.
 
 Without B that is RegMean (Jin et al. 2023) made recursive, with it MaTS (Tam et al. 2023) for two. Beyond them: the
 merge under way feeds the layers behind it, so that they take back what the ones before them changed; the previous
@@ -49,7 +51,6 @@ from foldd.fusion.transport import sinkhorn_divergence
 
 MAX_INPUTS = 256  # of a calibration set; more cost memory and time and change little
 POSITIONS = 16  # rows of an input's places or tokens; four times as many bring nothing
-
 BACKWARD_BATCH = 16  # inputs per pass with gradients, which keeps all activations
 _GRAM, _CURVATURE = "gram", "curvature"
 _COVERED = "gram-count"  # how many tasks the moments have seen
