@@ -13,7 +13,6 @@ task's inputs, features pulled to the teachers' by transport. Four things are di
   layer W is the one with B·W·G + B′·W·G′ = B·W_merged·G + B′·W_incoming·G′: in the common basis of (G, G′) and (B, B′)
   a mask on either task vector, element by element, with known values. G and B are sums over all folded tasks, so they
   have constant size and no old input is kept.
-
 - **A convolution is a sum over spatial frequencies** (`Modes`), each with a G of its own.
 
 Without B that is RegMean (Jin et al. 2023) made recursive, with it MaTS (Tam et al. 2023) for two. Beyond them: the
@@ -199,21 +198,21 @@ class _Fold:
         Args:
             rows: what each lane's network feeds into it, by frequency.
         """
-        new, old, count = Sight(*rows[:2]), Sight(*rows[2:4]), self.state.count
+        own, merged, before, again, still = rows
+        new, old, count = Sight(own, merged), Sight(before, again), self.state.count
         new_layer, old_layer = (modes.split(layer.matrix(self.lanes[i].weights)) for i in (0, 2))
         new_gram, new_missed = new.equations(new_layer, self.method.student)
         key = f"{_GRAM}/{layer.weight}"
         gram, missed = self._gram(key, modes, old.teacher), torch.zeros_like(old_layer)
         self.moments[key] = pack_gram(gram, new_gram)
         if self.method.drift:
-            gram, missed = old_equations(
-                gram, old_layer, drift(torch.cat(rows[2::2], 1), torch.cat(rows[3:0:-2], 1)), self.method.drift
-            )
+            moves = drift(torch.cat([before, still], 1), torch.cat([again, merged], 1))
+            gram, missed = old_equations(gram, old_layer, moves, self.method.drift)
         if self.method.previous:
-            again, wanted = old.equations(old_layer, 1.0)
-            gram.add_(again, alpha=self.method.previous)
+            extra, wanted = old.equations(old_layer, 1.0)
+            gram.add_(extra, alpha=self.method.previous)
             missed.add_(wanted, alpha=self.method.previous)
-            del again, wanted
+            del extra, wanted
         curvature, stored = self._curvature(layer, new_layer), f"{_CURVATURE}/{layer.weight}"
         size = new_layer.shape[1]
         total = self._stored(
