@@ -61,7 +61,8 @@ def solve_two(one: Term, two: Term) -> Tensor:
     right = torch.lerp(outer.back(wanted[0]), outer.back(wanted[1]), outer.values[..., None])
     result = outer.out_of(solve(right, outer.values))
     if outer.tails is not None:
-        share = (outer.tails[1] / (outer.tails[0] + outer.tails[1]))[:, None]
+        first, second = outer.tails
+        share = (second / (first + second).clamp_min(torch.finfo(first.dtype).tiny))[:, None]
         result += solve(outer.outside(torch.lerp(wanted[0], wanted[1], share[..., None])), share)
     return _apart(result, modes)
 
@@ -104,15 +105,11 @@ class _Pair:
         self.values, self._vectors = values.double().clamp_(0, 1), vectors
 
     def solve(self, columns: Tensor, shares: Tensor) -> Tensor:
-        """((1 − t)·M₁ + t·M₂)⁻¹ on each column: [g, n, k], t [g, 1, k or 1]."""
+        """((1 − t)·M₁ + t·M₂)⁻¹ on each column, on the subspace: [g, n, k], t [g, 1, k or 1]."""
         values = self.values[..., None]
         lowered = torch.linalg.solve_triangular(self._root, self._seen(columns), upper=False)
         turned = self._vectors.mT @ lowered.float()
-        result = self.out_of(turned / torch.lerp(1 - values, values, shares))
-        if self.tails is not None:
-            first, second = (tail[:, None, None] for tail in self.tails)
-            result += self.outside(columns) / torch.lerp(first, second, shares)
-        return result
+        return self.out_of(turned / torch.lerp(1 - values, values, shares))
 
     def out_of(self, columns: Tensor) -> Tensor:
         """L⁻ᵀ·V·columns: [g, r, k] → [g, n, k]."""
