@@ -38,12 +38,13 @@ def main(arguments: list[str]) -> int:
     folder, name, options = Path(arguments[0]), arguments[1], json.loads(arguments[2])
     method: FoldMethod = (OtmfNaive if name == "otmf-naive" else METHODS[name])(**options)
     torch.set_num_threads(int(arguments[3]))
-    return_freed_memory()  # this and the next three as the worker
+    # These and what is said to glibc as the worker.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     baseline = rss_bytes()
     base = open_base(folder)
+    return_freed_memory(base.spec.float_bytes)
     for line in sys.stdin:
         order = json.loads(line)
         if "activations" in order:

@@ -50,10 +50,10 @@ def _main(folder: Path, iterations: int) -> None:
     from foldd.quantize.calibrate import choose_ranges, observe_network
     from foldd.quantize.hdrq import as_shipped
 
-    return_freed_memory()
     baseline = rss_bytes()
     base = open_base(folder)
-    model_bytes = sum(4 * weight.numel() for weight in base.weights.values())
+    model_bytes = base.spec.float_bytes
+    return_freed_memory(model_bytes)
     inputs = torch.randn(INPUTS, *base.spec.input_shape, generator=torch.Generator().manual_seed(0))
     reset_peak()
     started, busy = time.monotonic(), time.process_time()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 _LARGE_BYTES = 2 * 1024**2
+_SMALL_MODEL = 64 * 1024**2
 
 
 def rss_bytes(pid: int | str = "self") -> int:
@@ -27,12 +28,15 @@ def reset_peak() -> None:
         return  # the mark then stands since the process began: too high, never too low
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(model_bytes: int) -> None:
     """Makes this process give large pieces of memory back as soon as they are free.
 
     glibc keeps pieces of up to 32 MB for later, as soon as one was ever freed. Tensors of all sizes that come and go
-    leave gaps in between: in a fold nearly as large as the model. Where there is no glibc nothing is changed.
+    leave gaps in between: in a fold nearly as large as the model. Beside a small model the gaps are small too, and
+    fetching every piece anew would cost a third of a fold's time: then nothing is changed, nor where there is no glibc.
     """
+    if model_bytes < _SMALL_MODEL:
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:

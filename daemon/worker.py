@@ -49,7 +49,6 @@ def _serve(layout: Layout, jobs: BinaryIO, answers: BinaryIO) -> int:
     from foldd.base.store import open_base
     from foldd.daemon.pipeline import fold_job
 
-    return_freed_memory()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else all is written twice
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
@@ -63,6 +62,7 @@ def _serve(layout: Layout, jobs: BinaryIO, answers: BinaryIO) -> int:
     except FolddError as error:
         send(Failed("setup", error.as_dict()))
         return 1
+    return_freed_memory(base.spec.float_bytes)
     send(Hello(baseline))
     for line in jobs:
         job = decode_job(line)
