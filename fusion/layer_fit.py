@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foldd.fusion.drift import Drift
-from foldd.fusion.gram import add_moment, mirror, ridge_of
+from foldd.fusion.gram import add_moment, mirror, moment, ridge_of
 from foldd.fusion.kronecker import Term, solve_two
 
 
@@ -33,20 +33,19 @@ class Sight:
         the mean.
         """
         gram = layer.new_zeros(len(layer), layer.shape[2], layer.shape[2])
-        missed = torch.zeros_like(layer)
         if student < 1:
             add_moment(gram, self.teacher, self.teacher, 1 - student)
         if student > 0:
             add_moment(gram, self.student, self.student, student)
-            lost = self.teacher - self.student
-            if layer.shape[2] < 2 * layer.shape[1]:  # the order of three factors that costs less
-                cross = torch.zeros_like(gram)
-                add_moment(cross, lost, self.student, student)
-                missed = layer @ cross
-            else:
-                add_moment(missed, lost @ layer.mT.to(lost.dtype), self.student, student)
         mirror(gram)
-        return gram, missed
+        return gram, self._missed(layer, student) if student > 0 else torch.zeros_like(layer)
+
+    def _missed(self, layer: Tensor, share: float) -> Tensor:
+        """`share` of E: in the order of its three factors that costs less."""
+        lost = self.teacher - self.student
+        if layer.shape[2] < 2 * layer.shape[1]:
+            return layer @ moment(lost, self.student).mul_(share)
+        return moment(lost @ layer.mT.to(lost.dtype), self.student).mul_(share)
 
 
 def old_equations(gram: Tensor, layer: Tensor, drift: Drift, share: float) -> tuple[Tensor, Tensor]:
