@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from foldd.base.folded import dead_after, tensor_of
-from foldd.base.layers import POSITIONS, AffineLayer
+from foldd.base.layers import AffineLayer
 
 
 @dataclass
@@ -72,15 +72,13 @@ class Walker:
         inputs: Tensor,
         objective: Callable[[Tensor], Tensor],
         take: Callable[[AffineLayer, Tensor], None],
-        positions: int = POSITIONS,
     ) -> None:
-        """Hands over ∂objective/∂(a layer's output), as rows [g, rows, o], for each affine layer that one reaches.
+        """Hands over ∂objective/∂(a layer's output), as the graph has it, for each affine layer that one reaches.
 
         As soon as a layer's is known, the last layer's first: they are never held all at once.
 
         Args:
             objective: features [n, width] → scalar, a sum over the inputs.
-            positions: rows of an input, as `AffineLayer.rows` has them.
         """
         lane = Lane(weights, inputs.detach().clone().requires_grad_())
         with torch.enable_grad():
@@ -92,7 +90,7 @@ class Walker:
                 self._run(node, lane)
                 layer = self._layer_of.get(node.name)
                 if layer is not None and lane.values[node].requires_grad:
-                    lane.values[node].register_hook(partial(_hand_over, layer, take, positions))
+                    lane.values[node].register_hook(partial(take, layer))
                 for dead in self._dead_after.get(node, ()):
                     lane.values.pop(dead, None)
 
@@ -109,9 +107,3 @@ class Walker:
 
     def _value(self, node: Node, lane: Lane) -> Any:
         return tensor_of(node, self._module, lane.weights) if node.op == "get_attr" else lane.values[node]
-
-
-def _hand_over(
-    layer: AffineLayer, take: Callable[[AffineLayer, Tensor], None], positions: int, gradient: Tensor
-) -> None:
-    take(layer, layer.picked(gradient, positions))

@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
-_LARGE_BYTES = 2 * 1024**2
+_LARGE_BYTES = 256 * 1024
 _SMALL_MODEL = 64 * 1024**2
 
 
@@ -32,8 +32,9 @@ def return_freed_memory(model_bytes: int) -> None:
     """Makes this process give large pieces of memory back as soon as they are free.
 
     glibc keeps pieces of up to 32 MB for later, as soon as one was ever freed. Tensors of all sizes that come and go
-    leave gaps in between: in a fold nearly as large as the model. Beside a small model the gaps are small too, and
-    fetching every piece anew would cost a third of a fold's time: then nothing is changed, nor where there is no glibc.
+    leave gaps in between: in a fold nearly as large as the model. Pieces of 2 MB still leave gaps that differ from fold
+    to fold by a few percent of it. Beside a small model the gaps are small too, and fetching every piece anew would
+    cost a third of a fold's time: then nothing is changed, nor where there is no glibc.
     """
     if model_bytes < _SMALL_MODEL:
         return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from foldd.fusion.gram import ridge_of, solve_right
 
 RIDGE = 0.1  # a hundred inputs do not know a thousand directions
-RANK = 256  # of a wider layer's drift
+RANK = 128  # of a wider layer's drift
 ROWS = 1024  # that a narrower one is estimated on
 
 
@@ -30,15 +31,16 @@ class Drift:
         return columns.clone() if self.right is None else self.right @ columns
 
 
-def drift(before: Tensor, after: Tensor) -> Drift:
-    """The drift between two networks' rows [g, rows, d] on the same inputs.
+def drift(*pairs: tuple[Tensor, Tensor]) -> Drift:
+    """The drift between two networks' rows [g, rows, d] on the same inputs; each pair has rows of other inputs.
 
     Ridge regression of the difference, whatever the rows' task, shrunk to no drift. In the rows' own type: it is a
     rough estimate, and its ridge keeps it well conditioned.
     """
-    wide = before.shape[2] > RANK
-    step = -(-before.shape[1] // (RANK if wide else ROWS))
-    before, change = before[:, ::step], after[:, ::step] - before[:, ::step]
+    wide = pairs[0][0].shape[2] > RANK
+    picked = [_spread(pair, (RANK if wide else ROWS) // len(pairs)) for pair in pairs]
+    before = torch.cat([one for one, _ in picked], 1)
+    change = torch.cat([other for _, other in picked], 1).sub_(before)
     if wide:  # by the dual: as many equations as rows, instead of as inputs
         inner = before @ before.mT
         ridge = RIDGE * inner.diagonal(dim1=1, dim2=2).sum(1) / before.shape[2]
@@ -47,3 +49,9 @@ def drift(before: Tensor, after: Tensor) -> Drift:
     gram, moved = before.mT @ before, change.mT @ before
     gram.diagonal(dim1=1, dim2=2).add_(ridge_of(gram, RIDGE)[:, None])
     return Drift(solve_right(moved, gram).double())
+
+
+def _spread(pair: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """At most so many rows of both, evenly spread."""
+    step = -(-pair[0].shape[1] // count)
+    return pair[0][:, ::step], pair[1][:, ::step]

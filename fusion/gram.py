@@ -47,9 +47,21 @@ def mirror(gram: Tensor) -> None:
         gram[:, start:stop, stop:] = gram[:, stop:, start:stop].transpose(1, 2)
 
 
+def root_of(rows: Tensor) -> Tensor:
+    """Z [g, r, d], float64, with ZᵀZ = the mean of x·xᵀ over fewer rows than columns: it stands for that matrix."""
+    root: Tensor = rows.double() / rows.shape[1] ** 0.5
+    return root
+
+
+def is_root(gram: Tensor) -> bool:
+    """Whether this is not a moment, but its root: it has fewer rows than columns."""
+    return gram.shape[1] < gram.shape[2]
+
+
 def ridge_of(gram: Tensor, share: float) -> Tensor:
-    """`share` of each group's mean diagonal: float64 [g]."""
-    return share * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(_DIAGONAL_FLOOR)
+    """`share` of the mean diagonal of each group's moment, which may be given by its root: float64 [g]."""
+    diagonal = gram.square().sum(1) if is_root(gram) else gram.diagonal(dim1=1, dim2=2)
+    return share * diagonal.mean(1).clamp_min(_DIAGONAL_FLOOR)
 
 
 def solve_right(target: Tensor, gram: Tensor) -> Tensor:

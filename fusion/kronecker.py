@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foldd.fusion.gram import is_root
+
 EXACT = 512  # a B that is no wider is kept whole
 SHARE = 1 / 3  # of the dimensions of a wider one are in its subspace; with a sixth a merge falls apart
 
@@ -26,7 +28,7 @@ class Term:
     """B·((X − C)·A − E).
 
     Attributes:
-        inputs: A [g·m, d, d], positive semidefinite; overwritten.
+        inputs: A [g·m, d, d], positive semidefinite; of the second term it may be the root. Overwritten.
         outputs: B [g, o, o], positive semidefinite; each stands for m of the A; overwritten.
         change: C [g·m, o, d].
         missed: E [g·m, o, d].
@@ -49,9 +51,10 @@ def solve_two(one: Term, two: Term) -> Tensor:
     """
     groups, size = one.outputs.shape[:2]
     modes = len(one.inputs) // groups
-    wanted = [_beside(torch.baddbmm(t.missed, t.change, t.inputs), groups) for t in (one, two)]
+    wanted = [_beside(_wanted(t), groups) for t in (one, two)]
     basis = _dominant(one.outputs + two.outputs, round(SHARE * size)) if size > EXACT else None
-    outer, inner = _Pair(one.outputs, two.outputs, basis), _Pair(one.inputs, two.inputs)
+    outer = _Pair(one.outputs, two.outputs, basis)
+    inner = (_Update if is_root(two.inputs) else _Pair)(one.inputs, two.inputs)
 
     def solve(rows: Tensor, shares: Tensor) -> Tensor:
         """((1 − t)·A₁ + t·A₂)⁻¹ on each row: [g, r, m·d], t [g, r]."""
@@ -65,6 +68,13 @@ def solve_two(one: Term, two: Term) -> Tensor:
         share = (second / (first + second).clamp_min(torch.finfo(first.dtype).tiny))[:, None]
         result += solve(outer.outside(torch.lerp(wanted[0], wanted[1], share[..., None])), share)
     return _apart(result, modes)
+
+
+def _wanted(term: Term) -> Tensor:
+    """C·A + E."""
+    if not is_root(term.inputs):
+        return torch.baddbmm(term.missed, term.change, term.inputs)
+    return torch.baddbmm(term.missed, term.change @ term.inputs.mT, term.inputs)
 
 
 def _beside(modes: Tensor, groups: int) -> Tensor:
@@ -129,6 +139,29 @@ class _Pair:
 
     def _seen(self, columns: Tensor) -> Tensor:
         return columns if self._basis is None else self._basis.mT @ columns
+
+
+class _Update:
+    """A positive definite matrix M [g, n, n] and one of lower rank, ZᵀZ by its root Z [g, r, n], in float64.
+
+    With M = L·Lᵀ and the eigenvectors of the small L⁻¹·ZᵀZ·L⁻ᵀ, any mixture has an inverse by Woodbury's identity. For
+    3072 inputs and 512 rows that takes an eighth of the time of a common basis.
+    """
+
+    def __init__(self, matrix: Tensor, root: Tensor) -> None:
+        self._root = torch.linalg.cholesky(matrix)
+        lowered = torch.linalg.solve_triangular(self._root, root.mT, upper=False)
+        values, vectors = torch.linalg.eigh(lowered.mT @ lowered)
+        self._values, self._turned = values.clamp_min_(0)[..., None], lowered @ vectors
+
+    def solve(self, columns: Tensor, shares: Tensor) -> Tensor:
+        """((1 − t)·M + t·ZᵀZ)⁻¹ on each column: [g, n, k], t < 1 [g, 1, k or 1]."""
+        lowered = torch.linalg.solve_triangular(self._root, columns, upper=False)
+        inside = self._turned.mT @ lowered
+        inside.mul_(shares / torch.lerp(torch.ones_like(self._values), self._values, shares))
+        lowered.sub_(self._turned @ inside).div_(1 - shares)
+        result: Tensor = torch.linalg.solve_triangular(self._root.mT, lowered, upper=True)
+        return result
 
 
 def _dominant(matrix: Tensor, rank: int) -> Tensor:

@@ -7,14 +7,17 @@ other, and in place of each other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foldd.fusion.drift import Drift
-from foldd.fusion.gram import add_moment, mirror, moment, ridge_of
+from foldd.fusion.gram import is_root, moment, ridge_of
 from foldd.fusion.kronecker import Term, solve_two
+
+WIDE = 512  # inputs; of a layer with more, no more than so many rows are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,27 +28,38 @@ class Sight:
     student: Tensor
 
     def equations(self, layer: Tensor, student: float) -> tuple[Tensor, Tensor]:
-        """G and E whose solution W + E·G⁻¹ makes a layer do what the teacher's `layer` W does on these inputs.
+        """Rows [g·m, r, d] whose second moment is G, and E: W + E·G⁻¹ makes a layer do what the teacher's `layer` W
+        does on these inputs.
 
         With student = 1 the layer answers the student's inputs as the teacher's layer answers its own, and so takes
         back what the layers before it have changed (Nguyen et al. 2025 feed merged inputs too); with 0 it copies the
         teacher's layer where the teacher's inputs lie (RegMean, Jin et al. 2023, equation 2), and E is zero. Between,
-        the mean.
+        the mean, for which both take turns.
         """
-        gram = layer.new_zeros(len(layer), layer.shape[2], layer.shape[2])
-        if student < 1:
-            add_moment(gram, self.teacher, self.teacher, 1 - student)
-        if student > 0:
-            add_moment(gram, self.student, self.student, student)
-        mirror(gram)
-        return gram, self._missed(layer, student) if student > 0 else torch.zeros_like(layer)
+        count, wide = self.teacher.shape[1], layer.shape[2] > WIDE
+        step = -(-count // WIDE) if wide else 1
+        if student <= 0:
+            return self.teacher[:, ::step], torch.zeros_like(layer)
+        if student >= 1:
+            return self.student[:, ::step], Sight(self.teacher[:, ::step], self.student[:, ::step])._missed(layer)
+        turn = slice(step if step < count else 0, None, 2 * step)
+        own, sight = self.teacher[:, :: 2 * step], Sight(self.teacher[:, turn], self.student[:, turn])
+        total = own.shape[1] + sight.student.shape[1]
+        rows = torch.cat(
+            [
+                own * math.sqrt((1 - student) * total / own.shape[1]),
+                sight.student * math.sqrt(student * total / sight.student.shape[1]),
+            ],
+            1,
+        )
+        return rows, sight._missed(layer).mul_(student)
 
-    def _missed(self, layer: Tensor, share: float) -> Tensor:
-        """`share` of E: in the order of its three factors that costs less."""
+    def _missed(self, layer: Tensor) -> Tensor:
+        """E where all rows are the student's, in the order of its three factors that costs less."""
         lost = self.teacher - self.student
         if layer.shape[2] < 2 * layer.shape[1]:
-            return layer @ moment(lost, self.student).mul_(share)
-        return moment(lost @ layer.mT.to(lost.dtype), self.student).mul_(share)
+            return layer @ moment(lost, self.student)
+        return moment(lost @ layer.mT.to(lost.dtype), self.student)
 
 
 def old_equations(gram: Tensor, layer: Tensor, drift: Drift, share: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +85,7 @@ class Equations:
 
     Attributes:
         layer: the teacher's [g·m, o, d].
-        gram: G, second moment of the inputs.
+        gram: G, second moment of the inputs; of the new side it may be the root.
         missed: E [g·m, o, d]: what the layer should give beyond that, times the inputs, in the mean.
         curvature: B [g, o, o], second moment of the gradients at the outputs: which errors change decisions.
     """
@@ -80,6 +94,12 @@ class Equations:
     gram: Tensor
     missed: Tensor
     curvature: Tensor
+
+    def weigh(self, share: float) -> Equations:
+        """The same equations with a weight, in place."""
+        self.gram.mul_(math.sqrt(share) if is_root(self.gram) else share)
+        self.missed.mul_(share)
+        return self
 
 
 def fit(old: Equations, new: Equations, prior: Tensor, ridge: float) -> Tensor:

@@ -39,8 +39,8 @@ from foldd.core.bundle import Checkpoint
 from foldd.core.roles import Role
 from foldd.fusion.batches import calibration_sets, check_finite
 from foldd.fusion.drift import drift
-from foldd.fusion.gram import moment, pack_gram, unpack_gram
-from foldd.fusion.layer_fit import Equations, Sight, damped, fit, old_equations
+from foldd.fusion.gram import add_moment, is_root, mirror, moment, pack_gram, root_of, unpack_gram
+from foldd.fusion.layer_fit import WIDE, Equations, Sight, damped, fit, old_equations
 from foldd.fusion.method import FoldReport, Progress, Training, finish, head_of, silent
 from foldd.fusion.modes import Modes
 from foldd.fusion.state import HeadTensors, MergeState, empty_state
@@ -166,14 +166,16 @@ class _Fold:
             drawn = (logits.detach().softmax(1) / noise).argmax(1)
             return F.cross_entropy(logits, drawn, reduction="sum")
 
-        def take(layer: AffineLayer, rows: Tensor) -> None:
+        def take(layer: AffineLayer, gradient: Tensor) -> None:
+            wide = self.state.base.weights[layer.weight].shape[0] // layer.groups > WIDE
+            rows = layer.picked(gradient, min(POSITIONS, -(-WIDE // len(inputs))) if wide else POSITIONS)
             key, part = f"{_CURVATURE}/{layer.weight}", pack_gram(rows.mT @ rows)
             known = self.moments.get(key)
             self.moments[key] = part if known is None else known.add_(part)
 
         if self.method.damping < 1:
             for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True):
-                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take, POSITIONS)
+                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take)
 
     def layers(self) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
@@ -201,16 +203,20 @@ class _Fold:
         own, merged, before, again, still = rows
         new, old, count = Sight(own, merged), Sight(before, again), self.state.count
         new_layer, old_layer = (modes.split(layer.matrix(self.lanes[i].weights)) for i in (0, 2))
-        new_gram, new_missed = new.equations(new_layer, self.method.student)
+        new_rows, new_missed = new.equations(new_layer, self.method.student)
         key = f"{_GRAM}/{layer.weight}"
         gram, missed = self._gram(key, modes, old.teacher), torch.zeros_like(old_layer)
+        new_gram = moment(new_rows, new_rows)
         self.moments[key] = pack_gram(gram, new_gram)
+        if is_root(new_rows):
+            new_gram = root_of(new_rows)
         if self.method.drift:
-            moves = drift(torch.cat([before, still], 1), torch.cat([again, merged], 1))
+            moves = drift((before, again), (still, merged))
             gram, missed = old_equations(gram, old_layer, moves, self.method.drift)
         if self.method.previous:
             extra, wanted = old.equations(old_layer, 1.0)
-            gram.add_(extra, alpha=self.method.previous)
+            add_moment(gram, extra, extra, self.method.previous)
+            mirror(gram)
             missed.add_(wanted, alpha=self.method.previous)
             del extra, wanted
         curvature, stored = self._curvature(layer, new_layer), f"{_CURVATURE}/{layer.weight}"
@@ -221,10 +227,9 @@ class _Fold:
             lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature),
         )
         self.moments[stored] = pack_gram(total, curvature)
-        share = self.method.incoming
         matrix = fit(
             Equations(old_layer, gram, missed, total.div_(count)),
-            Equations(new_layer, new_gram.mul_(share), new_missed.mul_(share), curvature),
+            Equations(new_layer, new_gram, new_missed, curvature).weigh(self.method.incoming),
             torch.lerp(old_layer, new_layer, 1 / (count + 1)),
             self.method.ridge,
         )

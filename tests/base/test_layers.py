@@ -138,7 +138,7 @@ def test_gradients_are_those_of_each_row(mixed):
     handle.remove()
     found: dict[str, Tensor] = {}
     walker.gradients(
-        weights_of(model), X, lambda f: f.square().sum(), lambda layer, rows: found.update({layer.node: rows})
+        weights_of(model), X, lambda f: f.square().sum(), lambda layer, g: found.update({layer.node: layer.picked(g)})
     )
     layer = next(layer for layer in walker.layers if layer.weight == "deep.weight")
     expected = kept["deep"].grad.reshape(5, 3, 2, -1).permute(1, 0, 3, 2).reshape(3, -1, 2)

@@ -35,8 +35,8 @@ def test_it_is_ridge_regression_shrunk_to_no_drift(rank: int, monkeypatch: pytes
     gram = moment(seen, seen)
     penalty = ridge_of(gram, 0.1)[:, None, None] * torch.eye(4)
     expected = (change - torch.eye(4)) @ gram @ torch.linalg.inv(gram + penalty) + torch.eye(4)
-    torch.testing.assert_close(whole(drift(before, before @ change.T)), expected)
-    assert torch.equal(whole(drift(before, before)), torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
+    torch.testing.assert_close(whole(drift((before, before @ change.T))), expected)
+    assert torch.equal(whole(drift((before, before))), torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
 
 
 @pytest.mark.parametrize("right", [None, 2], ids=["of full rank", "of low rank"])

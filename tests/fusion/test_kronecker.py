@@ -55,6 +55,15 @@ def test_it_is_the_solution_of_the_whole_system(modes: int) -> None:
     torch.testing.assert_close(solved(sides), whole(sides), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("modes", [1, 3])
+def test_inputs_by_their_root_are_the_same_inputs(modes: int) -> None:
+    """Of the second side, three rows of seven numbers instead of 49; against the whole system."""
+    one, two = terms(modes, 4, 7, 3)
+    root = random(2 * modes, 3, 7, seed=20)
+    expected = whole([one, Term(root.mT @ root, two.outputs, two.change, two.missed)])
+    torch.testing.assert_close(solved([one, Term(root, two.outputs, two.change, two.missed)]), expected)
+
+
 def test_a_model_that_both_sides_want_comes_out() -> None:
     sides = terms(2, 4, 7, 3)
     change = sides[0].change

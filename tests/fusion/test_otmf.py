@@ -17,7 +17,7 @@ from foldd.core.bundle import Checkpoint
 from foldd.core.errors import BadCheckpoint
 from foldd.core.roles import Role
 from foldd.fusion.average import Average
-from foldd.fusion.gram import moment, pack_gram, solve_right, unpack_gram
+from foldd.fusion.gram import is_root, moment, pack_gram, ridge_of, root_of, solve_right, unpack_gram
 from foldd.fusion.layer_fit import Equations, Sight, damped, fit
 from foldd.fusion.otmf import POSITIONS, Otmf
 from foldd.fusion.state import MergeState, merged_weights, pack
@@ -97,12 +97,47 @@ def test_equations_with_student_inputs_take_back_what_came_before(outputs: int) 
     change = torch.eye(5, dtype=torch.float64) + 0.2 * rows(5, 5, seed=2)[0]
     layer = rows(outputs, 5, seed=3)
     sight = Sight(teacher, teacher @ change.T)
-    gram, missed = sight.equations(layer, 1.0)
-    undone = layer + missed @ torch.linalg.inv(gram)
+    seen, missed = sight.equations(layer, 1.0)
+    undone = layer + missed @ torch.linalg.inv(moment(seen, seen))
     torch.testing.assert_close(undone @ change, layer, rtol=1e-6, atol=1e-6)
-    gram, missed = sight.equations(layer, 0.0)
-    torch.testing.assert_close(gram, moment(teacher, teacher))
+    seen, missed = sight.equations(layer, 0.0)
+    assert torch.equal(seen, teacher)
     assert not missed.any(), "the teacher's layer is what is wanted"
+
+
+def test_teacher_and_student_take_turns() -> None:
+    teacher, student, layer = rows(9, 5, seed=1), rows(9, 5, seed=2), rows(2, 5, seed=3)
+    seen, missed = Sight(teacher, student).equations(layer, 0.25)
+    own, merged = teacher[:, ::2], student[:, 1::2]
+    torch.testing.assert_close(moment(seen, seen), 0.75 * moment(own, own) + 0.25 * moment(merged, merged))
+    torch.testing.assert_close(missed, 0.25 * layer @ moment(teacher[:, 1::2] - merged, merged))
+    seen, missed = Sight(teacher[:, :1], student[:, :1]).equations(layer, 0.5)
+    assert bool(seen.isfinite().all()), "one row is for both"
+    assert bool(missed.isfinite().all()), "one row is for both"
+
+
+@pytest.mark.parametrize("student", [0.0, 0.5, 1.0])
+def test_a_wide_layer_is_seen_in_fewer_rows_than_inputs(student: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the student's network is the teacher's, there is nothing to take back."""
+    monkeypatch.setattr("foldd.fusion.layer_fit.WIDE", 10)
+    teacher, layer = rows(64, 12, seed=1), rows(2, 12, seed=3)
+    seen, missed = Sight(teacher, teacher).equations(layer, student)
+    assert is_root(seen)
+    assert seen.shape[1] <= 10
+    assert not missed.any()
+    torch.testing.assert_close(root_of(seen).mT @ root_of(seen), moment(seen, seen))
+    torch.testing.assert_close(ridge_of(root_of(seen), 0.1), ridge_of(moment(seen, seen), 0.1))
+
+
+def test_a_weight_counts_alike_for_moments_and_roots() -> None:
+    seen, layer, b = rows(3, 5, seed=1), rows(2, 5, seed=2), torch.eye(2, dtype=torch.float64)[None]
+    prior, missed = rows(2, 5, seed=3), rows(2, 5, seed=4)
+
+    def fitted(new_gram: Tensor) -> Tensor:
+        old = Equations(-layer, torch.eye(5, dtype=torch.float64)[None], 0 * missed, b.clone())
+        return fit(old, Equations(layer, new_gram, missed.clone(), b.clone()).weigh(0.3), prior, 0.01)
+
+    torch.testing.assert_close(fitted(root_of(seen)), fitted(moment(seen, seen)), rtol=1e-4, atol=1e-5)
 
 
 def test_solve_right() -> None:
@@ -272,6 +307,15 @@ def test_missing_calibration(mlp: Base, make: Any) -> None:
 def test_one_input_is_enough_to_stay_finite(mlp: Base, make: Any) -> None:
     state = run(Otmf(), mlp, make(mlp, "a", 1, inputs=1), make(mlp, "b", 2, inputs=1))
     assert all(bool(tensor.isfinite().all()) for tensor in state.merged.values())
+
+
+def test_moments_by_their_roots_give_the_same_merge(mlp: Base, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer inputs than a layer has each one's new side is a root; and the same with the moments themselves."""
+    tasks = [make(mlp, task, i, inputs=5) for i, task in enumerate("ab")]
+    by_roots = run(Otmf(), mlp, *tasks).merged
+    monkeypatch.setattr("foldd.fusion.otmf.is_root", lambda _: False)
+    for name, tensor in run(Otmf(), mlp, *tasks).merged.items():
+        torch.testing.assert_close(by_roots[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_share_of_the_incoming_task_is_a_setting(mlp: Base, make: Any) -> None:
