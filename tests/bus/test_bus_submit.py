@@ -85,7 +85,7 @@ def test_another_file_of_the_same_name_does_not_overwrite(tmp_path: Path) -> Non
 def test_goes_on_where_it_was_cut_even_over_a_restart(tmp_path: Path, cut: int) -> None:
     path = make_file(tmp_path / "cats.safetensors")
     content = path.read_bytes()
-    part = tmp_path / "state/work/incoming" / f"{sha256_bytes(content)}.part"
+    part = tmp_path / "state" / "work" / "incoming" / f"{sha256_bytes(content)}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(content[:cut])
     with running(tmp_path) as box:
@@ -97,7 +97,7 @@ def test_goes_on_where_it_was_cut_even_over_a_restart(tmp_path: Path, cut: int) 
 def test_a_tail_that_a_power_cut_took_is_sent_again(tmp_path: Path) -> None:
     path = make_file(tmp_path / "cats.safetensors")
     content = path.read_bytes()
-    part = tmp_path / "state/work/incoming" / f"{sha256_bytes(content)}.part"
+    part = tmp_path / "state" / "work" / "incoming" / f"{sha256_bytes(content)}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(content[: 2 * CHUNK] + bytes(CHUNK))
     with running(tmp_path) as box:
@@ -109,7 +109,7 @@ def test_a_tail_that_a_power_cut_took_is_sent_again(tmp_path: Path) -> None:
 
 def test_a_file_that_had_arrived_but_was_not_verified_is_finished(tmp_path: Path) -> None:
     path = make_file(tmp_path / "cats.safetensors")
-    part = tmp_path / "state/work/incoming" / f"{sha256_bytes(path.read_bytes())}.part"
+    part = tmp_path / "state" / "work" / "incoming" / f"{sha256_bytes(path.read_bytes())}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(path.read_bytes())
     with running(tmp_path) as box:
