@@ -90,7 +90,7 @@ def _apart(columns: Tensor, modes: int) -> Tensor:
 class _Pair:
     """The common basis of two symmetric matrices [g, n, n], M₁ and M₂, which are overwritten.
 
-    Eigenvectors, and products with them, in float32: λ lies between 0 and 1 by construction and the vectors are
+    Eigenvectors and subspaces, and products with them, in float32: λ lies between 0 and 1 by construction and the vectors are
     orthonormal, so that errors stay as small as that, and a wide layer costs half of the time and memory. Everything
     else is float64.
 
@@ -100,7 +100,7 @@ class _Pair:
     """
 
     def __init__(self, one: Tensor, two: Tensor, basis: Tensor | None = None) -> None:
-        self._basis = None if basis is None else basis.double()
+        self._basis = basis
         self.tails: tuple[Tensor, Tensor] | None = None
         if basis is not None:
             outside = basis.shape[1] - basis.shape[2]
@@ -125,7 +125,7 @@ class _Pair:
         """L⁻ᵀ·V·columns: [g, r, k] → [g, n, k]."""
         turned = (self._vectors @ columns.float()).double()
         result: Tensor = torch.linalg.solve_triangular(self._root.mT, turned, upper=True)
-        return result if self._basis is None else self._basis @ result
+        return result if self._basis is None else (self._basis @ result.float()).double()
 
     def back(self, columns: Tensor) -> Tensor:
         """Vᵀ·Lᵀ·columns, the inverse of `out_of` on the subspace: [g, n, k] → [g, r, k]."""
@@ -135,10 +135,10 @@ class _Pair:
     def outside(self, columns: Tensor) -> Tensor:
         """What of the columns lies outside of the subspace."""
         assert self._basis is not None
-        return columns - self._basis @ (self._basis.mT @ columns)
+        return columns - self._basis @ (self._basis.mT @ columns.float())
 
     def _seen(self, columns: Tensor) -> Tensor:
-        return columns if self._basis is None else self._basis.mT @ columns
+        return columns if self._basis is None else (self._basis.mT @ columns.float()).double()
 
 
 class _Update:

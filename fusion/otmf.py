@@ -174,8 +174,9 @@ class _Fold:
             self.moments[key] = part if known is None else known.add_(part)
 
         if self.method.damping < 1:
+            weights = dict(self.teacher.weights)  # of which each pass keeps all anyway
             for piece, e in zip(torch.split(inputs, BACKWARD_BATCH), torch.split(noise, BACKWARD_BATCH), strict=True):
-                self.walker.gradients(self.teacher.weights, piece, partial(surprise, noise=e), take)
+                self.walker.gradients(weights, piece, partial(surprise, noise=e), take)
 
     def layers(self) -> Iterator[None]:
         """Fits one layer after the other, and lets the merge go on with it."""
