@@ -90,9 +90,9 @@ def _apart(columns: Tensor, modes: int) -> Tensor:
 class _Pair:
     """The common basis of two symmetric matrices [g, n, n], M₁ and M₂, which are overwritten.
 
-    Eigenvectors and subspaces, and products with them, in float32: λ lies between 0 and 1 by construction and the vectors are
-    orthonormal, so that errors stay as small as that, and a wide layer costs half of the time and memory. Everything
-    else is float64.
+    Eigenvectors and subspaces, and products with them, in float32: λ lies between 0 and 1 by construction and the
+    vectors are orthonormal, so that errors stay as small as that, and a wide layer costs half of the time and memory.
+    Everything else is float64.
 
     Attributes:
         values: λ [g, r].
