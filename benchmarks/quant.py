@@ -9,9 +9,9 @@ Parts, each a list of rows:
 - `effort`: accuracy by iterations, W4A8.
 - `cost`: seconds and peak RSS of a quantization, on the large base too.
 
-Methods other than `float` and `ort-static` share one frame (benchmarks/rivals/rounding.py); all that learn have the
-same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the published form on that
-frame: noise, and a pull to the base.
+Methods other than `float` and `ort-static`, which onnxruntime quantizes, share one frame (benchmarks/rivals/rounding.py);
+all that learn have the same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the
+published form on that frame: noise, and a pull to the base.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from benchmarks.fold_cost_data import make_base
 from benchmarks.quant_cost import cost_rows
 from benchmarks.quant_merged import harmonic, merged_rows, merged_scores, paired
 from benchmarks.quant_models import Cache, Subjects, quantizer
-from benchmarks.quant_onnx import artifacts, device_rows
+from benchmarks.quant_onnx import artifacts, device_rows, static_hits
 from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from foldd.core.bundle import Head
 from foldd.quantize.hdrq import as_shipped
 
 BITS = ("w8a8", "w8a4", "w4a8", "w6a6", "w4a4", "w3a3")
-METHODS = ("minmax", "mse", "adaround", "qdrop", "hdrq", "shipped")
+STATIC = "ort-static"  # of single models, at W8A8
+METHODS = (STATIC, "minmax", "mse", "adaround", "qdrop", "hdrq", "shipped")
 PARTS = ("device", "single", "merged", "ablation", "effort", "cost")
 EFFORTS = (0, 20, 50, 100, 300)
 COSTS = (0, 100)
@@ -72,16 +73,21 @@ def _single(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache
     yield {"base": name, "method": "float", "bits": "float", "merged": None, "accuracy": float(np.mean(floats))}
     for bits in arguments.bits:
         for method in arguments.methods:
-            how, widest = quantizer(method, bits, arguments.iterations)
+            if method == STATIC and bits != "w8a8":
+                continue
+            how, widest = (None, False) if method == STATIC else quantizer(method, bits, arguments.iterations)
             scores = []
             for model in models:
                 facts = {
                     "part": "single", "base": name, "method": method, "bits": bits, "task": model.name,
-                    "split": arguments.split, "iterations": arguments.iterations if how.descent else 0,
+                    "split": arguments.split, "iterations": arguments.iterations if how and how.descent else 0,
                 }  # fmt: skip
 
                 def measure(model: Any = model, how: Any = how, widest: bool = widest) -> float:
-                    quantized = subjects.quantize(how, model, subjects.draw(model, 0), 0, widest=widest)
+                    inputs = subjects.draw(model, 0)
+                    if how is None:
+                        return float(static_hits(subjects, folder, model, inputs).mean())
+                    quantized = subjects.quantize(how, model, inputs, 0, widest=widest)
                     return float(subjects.hits(quantized, model).mean())
 
                 scores.append(cache.get(facts, measure))
@@ -94,8 +100,9 @@ def _single(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache
 
 def _merged(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) -> Iterator[dict[str, Any]]:
     subjects, models = _to_merge(arguments, name, folder)
+    methods = [method for method in arguments.methods if method != STATIC]
     yield from merged_rows(
-        subjects, models, arguments.methods, arguments.merged_bits, arguments.draws, arguments.iterations, cache
+        subjects, models, methods, arguments.merged_bits, arguments.draws, arguments.iterations, cache
     )
 
 

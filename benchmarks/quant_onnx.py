@@ -6,6 +6,7 @@ QDQ, unsigned activations, signed weights per channel, after its own preprocessi
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import onnxruntime
 from torch import Tensor
 
+from benchmarks.bench_data import SCORE_BATCH, pixels
 from benchmarks.quant_models import Subject, Subjects, quantizer
 from foldd.base.store import open_skeleton
 from foldd.core.bundle import Head
@@ -50,6 +52,23 @@ def artifacts(
     )
     made["ort-static w8a8"] = _static(made["float"], inputs, folder)
     return made
+
+
+def static_hits(subjects: Subjects, base_folder: Path, subject: Subject, inputs: Tensor) -> np.ndarray:
+    """Which images onnxruntime's static quantization of a subject's artifact decides rightly: bool [n]."""
+    skeleton, _ = open_skeleton(base_folder)
+    head = Head(subject.head.weight.numpy(), subject.head.bias.numpy())
+    weights = {name: tensor.numpy() for name, tensor in subject.weights.items()}
+    images, logits = subjects.bench.images[subject.images], f"logits/{subject.name}"
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "float.onnx"
+        build_artifact(skeleton, weights, {subject.name: head}, model, metadata={})
+        static = _static(model, inputs, Path(name))
+        decided = [
+            run_artifact(static, pixels(images.x[i : i + SCORE_BATCH]).numpy(), [logits])[logits].argmax(1)
+            for i in range(0, len(images.y), SCORE_BATCH)
+        ]
+    return np.asarray(np.concatenate(decided) == images.y)
 
 
 def _static(model: Path, inputs: Tensor, folder: Path) -> Path:
