@@ -9,9 +9,9 @@ Parts, each a list of rows:
 - `effort`: accuracy by iterations, W4A8.
 - `cost`: seconds and peak RSS of a quantization, on the large base too.
 
-Methods other than `float` and `ort-static`, which onnxruntime quantizes, share one frame (benchmarks/rivals/rounding.py);
-all that learn have the same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the
-published form on that frame: noise, and a pull to the base.
+Methods other than `float` and onnxruntime's own `ort-static` share one frame (benchmarks/rivals/rounding.py); all that
+learn have the same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the published
+form on that frame: noise, and a pull to the base.
 """
 
 from __future__ import annotations
