@@ -17,7 +17,7 @@ from foldd.fusion.drift import Drift
 from foldd.fusion.gram import is_root, moment, ridge_of
 from foldd.fusion.kronecker import Term, solve_two
 
-WIDE = 512  # inputs; of a layer with more, no more than so many rows are looked at
+WIDE = 512  # inputs or outputs; of a layer with more, about so many rows are looked at
 
 
 @dataclass(frozen=True, eq=False)

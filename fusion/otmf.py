@@ -167,8 +167,9 @@ class _Fold:
             return F.cross_entropy(logits, drawn, reduction="sum")
 
         def take(layer: AffineLayer, gradient: Tensor) -> None:
-            wide = self.state.base.weights[layer.weight].shape[0] // layer.groups > WIDE
-            rows = layer.picked(gradient, min(POSITIONS, -(-WIDE // len(inputs))) if wide else POSITIONS)
+            rows = layer.picked(gradient, POSITIONS)
+            if rows.shape[2] > WIDE:
+                rows = rows[:, :: -(-rows.shape[1] * len(inputs) // (len(gradient) * WIDE))]
             key, part = f"{_CURVATURE}/{layer.weight}", pack_gram(rows.mT @ rows)
             known = self.moments.get(key)
             self.moments[key] = part if known is None else known.add_(part)

@@ -39,6 +39,13 @@ def test_it_is_ridge_regression_shrunk_to_no_drift(rank: int, monkeypatch: pytes
     assert torch.equal(whole(drift((before, before))), torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
 
 
+def test_each_pair_has_an_equal_share_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 6)
+    one, two = (rows(1, 9, 4, seed=1), rows(1, 9, 4, seed=2)), (rows(1, 3, 4, seed=3), rows(1, 3, 4, seed=4))
+    together = tuple(torch.cat([a[:, ::3], b], 1) for a, b in zip(one, two, strict=True))
+    assert torch.equal(whole(drift(one, two)), whole(drift((together[0], together[1]))))
+
+
 @pytest.mark.parametrize("right", [None, 2], ids=["of full rank", "of low rank"])
 def test_old_equations_are_those_of_the_moved_inputs(right: int | None) -> None:
     """With the whole share on the moved inputs: least squares on the old rows themselves, moved."""

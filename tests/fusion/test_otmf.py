@@ -318,6 +318,27 @@ def test_moments_by_their_roots_give_the_same_merge(mlp: Base, make: Any, monkey
         torch.testing.assert_close(by_roots[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_wide_layers_are_seen_in_few_rows_and_few_gradients(
+    mlp: Base, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldd.fusion.otmf.WIDE", 4)
+    monkeypatch.setattr("foldd.fusion.layer_fit.WIDE", 4)
+    packed: list[int] = []
+
+    def pack(gram: Tensor, other: Tensor | None = None) -> Tensor:
+        packed.append(int(torch.linalg.matrix_rank(gram)))
+        return pack_gram(gram, other)
+
+    tasks = [make(mlp, task, i, inputs=40) for i, task in enumerate("ab")]
+    monkeypatch.setattr("foldd.fusion.otmf.pack_gram", pack)
+    merged = run(Otmf(), mlp, *tasks).merged
+    passes = 2 * 3  # two layers, 40 inputs by 16: the first fold starts with their gradients
+    assert max(packed[:passes]) <= 2, "4 rows of 40 are at most 2 of 16"
+    assert all(bool(tensor.isfinite().all()) for tensor in merged.values())
+    for name, tensor in run(Otmf(), mlp, *tasks).merged.items():
+        assert torch.equal(tensor, merged[name])
+
+
 def test_the_share_of_the_incoming_task_is_a_setting(mlp: Base, make: Any) -> None:
     tasks = [make(mlp, task, i, inputs=40) for i, task in enumerate("ab")]
     new = task_vector(mlp, tasks[1])["one.weight"]
