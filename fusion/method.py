@@ -145,6 +145,8 @@ def finish(
     warnings = training.warnings
     if refolded:
         warnings += (f"{task} was folded before: its head is replaced, and the old fold stays in the merged weights.",)
+    if not before.second_norm:
+        warnings += (f"{task} is the base itself, only its head is new: was it packed before it was fine-tuned?",)
     report = FoldReport(
         method=method,
         task=task,

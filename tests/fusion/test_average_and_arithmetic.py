@@ -111,6 +111,15 @@ def test_a_known_task_is_folded_again_and_gets_its_new_head(method: FoldMethod, 
     assert any(not torch.equal(new.merged[name], state.merged[name]) for name in mlp.weights)
 
 
+def test_a_checkpoint_that_is_the_base_is_folded_with_a_warning(mlp: Base, make: Any) -> None:
+    method = Average()
+    state, _ = method.fold(method.init(mlp), make(mlp, "a", 1), seed=0)
+    unchanged = {name: torch.zeros_like(weight) for name, weight in mlp.weights.items()}
+    state, report = method.fold(state, make(mlp, "b", 2, is_delta=False, vector=unchanged), seed=0)
+    assert report.task_vector_norm == 0
+    assert "the base itself" in report.warnings[-1]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=ids)
 def test_only_one_task_folded_again_and_again(method: FoldMethod, mlp: Base, make: Any) -> None:
     state = run(method, mlp, make(mlp, "a", 1), make(mlp, "a", 2))
