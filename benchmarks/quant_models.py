@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,14 @@ class Subjects:
         """Which images a quantized network decides rightly under a subject's head: bool [n]."""
         return self._hits(lambda x: simulated_features(self.base.folded, model, x), subject)
 
+    def batches(self, subject: Subject) -> Iterator[Tensor]:
+        """The images that a subject is scored on, as networks take them."""
+        x = self.bench.images[subject.images].x
+        return (pixels(x[i : i + SCORE_BATCH]) for i in range(0, len(x), SCORE_BATCH))
+
     @torch.no_grad()
     def _hits(self, features: Callable[[Tensor], Tensor], subject: Subject) -> np.ndarray:
-        x = self.bench.images[subject.images].x
-        pieces = [features(pixels(x[i : i + SCORE_BATCH])) for i in range(0, len(x), SCORE_BATCH)]
+        pieces = [features(batch) for batch in self.batches(subject)]
         return self.bench.hits(torch.cat(pieces), subject.head, subject.images)
 
     def quantize(

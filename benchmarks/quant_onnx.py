@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime
 from torch import Tensor
 
-from benchmarks.bench_data import SCORE_BATCH, pixels
 from benchmarks.quant_models import Subject, Subjects, quantizer
 from foldd.base.store import open_skeleton
 from foldd.core.bundle import Head
@@ -59,16 +58,14 @@ def static_hits(subjects: Subjects, base_folder: Path, subject: Subject, inputs:
     skeleton, _ = open_skeleton(base_folder)
     head = Head(subject.head.weight.numpy(), subject.head.bias.numpy())
     weights = {name: tensor.numpy() for name, tensor in subject.weights.items()}
-    images, logits = subjects.bench.images[subject.images], f"logits/{subject.name}"
+    logits = f"logits/{subject.name}"
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "float.onnx"
         build_artifact(skeleton, weights, {subject.name: head}, model, metadata={})
         static = _static(model, inputs, Path(name))
-        decided = [
-            run_artifact(static, pixels(images.x[i : i + SCORE_BATCH]).numpy(), [logits])[logits].argmax(1)
-            for i in range(0, len(images.y), SCORE_BATCH)
-        ]
-    return np.asarray(np.concatenate(decided) == images.y)
+        answers = (run_artifact(static, batch.numpy(), [logits]) for batch in subjects.batches(subject))
+        decided = np.concatenate([answer[logits].argmax(1) for answer in answers])
+    return np.asarray(decided == subjects.bench.images[subject.images].y)
 
 
 def _static(model: Path, inputs: Tensor, folder: Path) -> Path:
