@@ -76,9 +76,8 @@ fi
 constraints=()
 [ ! -e "$root/constraints.txt" ] || constraints=(--constraint "$root/constraints.txt")
 key=$({ "$python" -c 'import sys, sysconfig, tomllib
-project = tomllib.load(open(sys.argv[1], "rb"))
-wanted = project["project"]["dependencies"], project["project"]["optional-dependencies"]["daemon"]
-print(wanted, project["build-system"], sys.version_info[:2], sysconfig.get_platform())' "$root/pyproject.toml"
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+print(project["dependencies"], project["optional-dependencies"]["daemon"], sys.version_info[:2], sysconfig.get_platform())' "$root/pyproject.toml"
   [ ! -e "$root/constraints.txt" ] || cat "$root/constraints.txt"; } | sha256sum | cut -c1-16)
 wheels="$cache/wheels-$key"
 [ -z "$fresh" ] || rm -rf "$wheels"
@@ -87,13 +86,12 @@ if [ ! -e "$wheels" ]; then
   rm -rf "$wheels.part"
   (cd "$work/source" && "$python" -m pip wheel --quiet --disable-pip-version-check "${constraints[@]}" \
     --wheel-dir "$wheels.part" '.[daemon]')
-  # What a build needs in its isolated environment, which constraints do not pin.
-  (cd "$work/source" && "$python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' |
-    xargs -d '\n' "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$wheels.part")
   rm -f "$wheels.part"/foldd-*.whl
-  rm -rf "$work/source/build"
   mv "$wheels.part" "$wheels"
 fi
+say "building foldd's wheel"
+(cd "$work/source" && "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" .)
+rm -rf "$work/source/build"
 
 # --- the tree
 tree="$work/tree"
@@ -101,14 +99,15 @@ say "unpacking $suite"
 tar -C "$tree" --exclude='./dev/*' -xf "$base"
 # Not registered: neither systemd-machined nor a system bus need run here.
 offline=/usr/src/wheels # in the tree, which has no network; boot_probe.py knows it too
+mkdir -p "$tree$offline/foldd" "$tree$offline/others"
 nspawn=(systemd-nspawn --quiet "--directory=$tree" --register=no --keep-unit --private-network
-  "--bind-ro=$work/source:/usr/src/foldd" "--bind-ro=$wheels:$offline")
+  "--bind-ro=$work/source:/usr/src/foldd" "--bind-ro=$work/wheel:$offline/foldd" "--bind-ro=$wheels:$offline/others")
 inside() { # a command in the tree, without booting it
   "${nspawn[@]}" --pipe --setenv=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
 }
 say 'make install'
 started=$SECONDS
-inside make -C /usr/src/foldd -f systemd/install.mk install PIP_ARGS="--no-index --find-links $offline" \
+inside make -C /usr/src/foldd -f systemd/install.mk install WHEELS="$offline/*/*.whl" \
   > "$work/install.log" 2>&1 || { tail -40 "$work/install.log"; die 'make install failed'; }
 installed=$((SECONDS - started))
 
@@ -139,13 +138,12 @@ systemctl enable foldd.service foldd-runtime.service
 EOF
 inside --bind-ro="$work/setup.sh:/root/setup.sh" sh /root/setup.sh > "$work/setup.log" 2>&1 ||
   { tail -40 "$work/setup.log"; die 'setting up failed'; }
-cp "$root/systemd/boot_probe.py" "$tree/root/boot_probe.py"
 cat > "$tree/etc/systemd/system/boot-test.service" << 'EOF'
 [Unit]
 Description=Boot test
 [Service]
 Type=exec
-ExecStart=/usr/bin/python3 /root/boot_probe.py /srv/boot-test /media/results
+ExecStart=/usr/bin/python3 /usr/src/foldd/systemd/boot_probe.py /srv/boot-test /media/results
 EOF
 mkdir -p "$tree/etc/systemd/system/multi-user.target.wants"
 ln -s ../boot-test.service "$tree/etc/systemd/system/multi-user.target.wants/boot-test.service"

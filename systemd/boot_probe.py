@@ -3,7 +3,8 @@
     python3 boot_probe.py FIXTURE RESULTS
 
 FIXTURE holds what boot_fixture.py wrote. Each finding is a line in RESULTS/findings.jsonl; RESULTS/verdict says
-whether all of them were as they should be. Only the standard library: it runs beside foldd, not in it.
+whether all of them were as they should be. Only the standard library: it runs beside foldd, not in it. What it
+sees of the box is in boot_box.py.
 """
 
 from __future__ import annotations
@@ -12,32 +13,40 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-STATE = Path("/var/lib/foldd")
-INBOX = STATE / "inbox"
-DAEMON, RUNTIME = "foldd.service", "foldd-runtime.service"
-URL = "http://127.0.0.1:8470"
-DROPPER = "dropper"  # an ordinary user in the group foldd-drop
+from boot_box import (
+    DAEMON,
+    DROPPER,
+    INBOX,
+    RUNTIME,
+    STATE,
+    Failed,
+    active,
+    ask,
+    back,
+    drop,
+    folding,
+    generation,
+    main_pid,
+    restarts,
+    run,
+    served,
+    show,
+    wait,
+    workers,
+)
+
 FOLD_SECONDS = 300.0  # how long a generation may take on a busy machine
 RESTART_SECONDS = 120.0
 WATCHDOG_SECONDS = 6  # instead of the units' own, so that the test does not wait for minutes
 CAP_LEASE = 28
-WHEELS = "/usr/src/wheels"  # where boot-test.sh puts them
+WHEELS = "/usr/src/wheels/*/*.whl"  # where boot-test.sh puts them
 INSTALL = ("--no-print-directory", "-f", "/usr/src/foldd/systemd/install.mk")
-
-
-class Failed(Exception):
-    """Something was not as it should be; the message says what."""
 
 
 class Findings:
@@ -49,89 +58,6 @@ class Findings:
         self.failed += not ok
         self._file.write(json.dumps({"name": name, "value": value, "ok": ok, "note": note}) + "\n")
         self._file.flush()
-
-
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
-        raise Failed(f"{shlex.join(command)}: status {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
-    return done
-
-
-def show(unit: str, key: str) -> str:
-    return run("systemctl", "show", unit, "--value", "-p", key).stdout.strip()
-
-
-def main_pid(unit: str) -> int:
-    return int(show(unit, "MainPID"))
-
-
-def restarts(unit: str) -> int:
-    return int(show(unit, "NRestarts"))
-
-
-def active(unit: str) -> bool:
-    return show(unit, "ActiveState") == "active"
-
-
-def wait(what: str, condition: Callable[[], Any], seconds: float, *, every: float = 0.05) -> float:
-    """Waits until the condition holds; how long that took."""
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > seconds:
-            raise Failed(f"{what}: not within {seconds:g} s")
-        time.sleep(every)
-    return round(time.monotonic() - started, 2)
-
-
-def back(unit: str, before: int) -> bool:
-    """Whether systemd started it again, and it is ready."""
-    return restarts(unit) > before and active(unit)
-
-
-def generation() -> int:
-    try:
-        return int(os.readlink(STATE / "current").rpartition("/")[2])
-    except FileNotFoundError:
-        return 0
-
-
-def folding(name: str) -> bool:
-    """Whether that file is being folded now; the status of the one before may stand for a moment longer."""
-    try:
-        live = json.loads((STATE / "status.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return live["folding"] is not None and live["folding"]["file"] == name and workers() != []
-
-
-def workers() -> list[int]:
-    parent = main_pid(DAEMON)
-    try:
-        text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    except FileNotFoundError:
-        return []
-    return [int(pid) for pid in text.split()]
-
-
-def drop(source: Path) -> None:
-    """As users do it: with a private umask, written in place by somebody who is not the daemon."""
-    command = f"umask 077; cat {source} > {INBOX / source.name}"
-    run("runuser", "-u", DROPPER, "--", "sh", "-c", command)
-
-
-def ask(path: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
-    try:
-        with urllib.request.urlopen(URL + path, data=body, timeout=10) as answer:  # noqa: S310 - http, written above
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-    except OSError as error:
-        return 0, {"error": str(error)}
-
-
-def served() -> int:
-    return ask("/v1/status")[1].get("generation") or 0
 
 
 class BootTest:
@@ -348,7 +274,7 @@ class BootTest:
         """`make install` once more, on the running system."""
         before = {unit: main_pid(unit) for unit in (DAEMON, RUNTIME)}
         config = Path("/etc/foldd/config.toml").read_bytes()
-        run("make", *INSTALL, "install", f"PIP_ARGS=--no-index --find-links {WHEELS}")
+        run("make", *INSTALL, "install", f"WHEELS={WHEELS}")
         restarted = all(active(unit) and main_pid(unit) != pid for unit, pid in before.items())
         kept = Path("/etc/foldd/config.toml").read_bytes() == config
         self._found.add("upgrade restarts both, keeps config.toml", restarted and kept, ok=restarted and kept)

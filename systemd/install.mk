@@ -7,11 +7,12 @@
 #
 # PREFIX   where the programs go; the units follow it
 # DESTDIR  a staging folder, for packages: nothing outside it is touched then
-# PIP_ARGS more for pip, such as the options that name a folder of wheels on a box without a network
+# WHEELS   on a box without a network: the wheel files, foldd's own among them, to install instead of this source;
+#          absolute paths, or a pattern of them
 
 PREFIX ?= /opt/foldd
 DESTDIR ?=
-PIP_ARGS ?=
+WHEELS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 SOURCE := $(abspath $(dir $(lastword $(MAKEFILE_LIST)))/..)
@@ -59,7 +60,8 @@ install-runtime:
 	tar -C '$(SOURCE)' --exclude='./.?*' --exclude=./build --exclude=./dist --exclude=./demo-state --exclude=./out \
 	  --exclude='*.egg-info' --exclude=__pycache__ -cf - . | tar -C "$$copy" -xf -; \
 	cd "$$copy"; set -x; '$(DESTDIR)$(PREFIX)/bin/python' -m pip install --quiet --disable-pip-version-check \
-	  --no-warn-script-location $(if $(CONSTRAINTS),--constraint '$(CONSTRAINTS)') $(PIP_ARGS) '$(WHAT)'
+	  --no-warn-script-location $(if $(CONSTRAINTS),--constraint '$(CONSTRAINTS)') \
+	  $(if $(WHEELS),--no-deps --force-reinstall $(WHEELS),'$(WHAT)')
 	@if [ -n '$(DESTDIR)' ]; then \
 	  grep -rlI '$(DESTDIR)$(PREFIX)' '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/pyvenv.cfg' | \
 	    xargs -r sed -i 's|$(DESTDIR)$(PREFIX)|$(PREFIX)|g'; fi
