@@ -1,4 +1,4 @@
-"""The large base of `fold_cost` and bundles for it: random weights, random task vectors, random images."""
+"""Bases for what has a cost but no accuracy, of random weights; bundles of random task vectors and images for one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.vit_b32 import INPUT_SHAPE, vit_b32
 from foldd.base.load import capture
 from foldd.base.store import open_base, store_base
 from foldd.core.bundle import Head, write_bundle
+from foldd.daemon.demo.data import BASE_CLASSES
+from foldd.daemon.demo.data import INPUT_SHAPE as DEMO_SHAPE
+from foldd.daemon.demo.network import HEAD, DemoNetwork
 
 IMAGES, CLASSES, RANK = 64, 10, 16
 SCALE = 0.01  # of a change beside the weights: about what fine-tuning does
@@ -22,6 +26,16 @@ def make_base(folder: Path) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     store_base(folder, capture(vit_b32(), INPUT_SHAPE))
+
+
+def make_demo_base(folder: Path) -> None:
+    """The demo's network, untrained: what it costs does not depend on what it knows."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DemoNetwork(BASE_CLASSES)
+    store_base(folder, capture(network, DEMO_SHAPE), head=HEAD)
 
 
 def make_bundle(base_folder: Path, path: Path, number: int) -> None:

@@ -7,7 +7,7 @@ Parts, each a list of rows:
 - `device`: artifacts in onnxruntime: bytes, and CPU time of one inference beside the float artifact, interleaved.
 - `ablation`: noise and pull, one after the other, at W3A3, merged (the paper's table 3).
 - `effort`: accuracy by iterations, W4A8.
-- `cost`: seconds and peak RSS of a quantization, on the large base too.
+- `cost`: seconds and peak RSS of a quantization, the demo's and the large base too.
 
 Methods other than `float` and onnxruntime's own `ort-static` share one frame (benchmarks/rivals/rounding.py); all that
 learn have the same number of iterations a block. `shipped` is what foldd's artifacts are made by, `hdrq` the published
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.bench_data import CORE8
-from benchmarks.fold_cost_data import make_base
+from benchmarks.fold_cost_data import make_base, make_demo_base
 from benchmarks.quant_cost import cost_rows
 from benchmarks.quant_merged import harmonic, merged_rows, merged_scores, paired
 from benchmarks.quant_models import Cache, Subjects, quantizer
@@ -175,6 +175,9 @@ def _cost(arguments: argparse.Namespace, name: str, folder: Path, cache: Cache) 
     Subjects(arguments.data, name, arguments.tasks[:1], arguments.split, folder)  # leaves the base there
     bases = {name: (folder, COSTS)}
     if name == arguments.bases[-1]:  # once
+        demo = folder.parent / "demo"
+        make_demo_base(demo)
+        bases["demo"] = (demo, COSTS)
         large = folder.parent / "vit-b32"
         make_base(large)
         bases["vit-b32"] = (large, LARGE_COSTS)

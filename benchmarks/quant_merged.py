@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quant_models import Cache, Subject, Subjects, quantizer
+from benchmarks.report import say
 from foldd.core.quantized import QuantizedModel
 from foldd.quantize.hdrq import Hdrq
 from foldd.quantize.merge import merge_models
@@ -76,9 +77,10 @@ def merged_rows(
             "base": subjects.bench.name, "method": "float", "bits": "float", "merged": f"{count} average",
             "accuracy": float_score(subjects, models[:count]), "draws": 1,
         }  # fmt: skip
-    for width in bits:
+    for done, width in enumerate(bits):
         reference: dict[str, list[float]] = {}
-        for method in methods:
+        for number, method in enumerate(methods, done * len(methods)):
+            say(f"  {100 * number / (len(bits) * len(methods)):.0f} %: {method} {width}, {draws} draws")
             how, widest = quantizer(method, width, iterations)
             facts = {**common, "part": "merged", "method": method, "bits": width, "split": subjects.bench.split}
             runs = [merged_scores(subjects, models, how, widest, d, cache, facts) for d in range(draws)]
