@@ -41,6 +41,12 @@ class AffineLayer:
     norm: FoldedNorm | None = None
     kernel: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None
 
+    def is_linear(self, weight: Tensor) -> bool:
+        """Whether it is a linear layer of tokens, or of the patches that it cuts an image into: a convolution whose
+        stride is its kernel, as vision transformers begin."""
+        size = tuple(weight.shape[2:])
+        return self.kernel is None or (max(size) > 1 and self.kernel[0] == size)
+
     def rows(self, inputs: Tensor, weight: Tensor, positions: int = POSITIONS) -> Tensor:
         """What the layer multiplies: inputs as the graph has them → [g, rows, d], a one at the end of each row.
 

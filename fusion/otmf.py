@@ -60,7 +60,9 @@ class Otmf:
     """The settings, chosen on validation images: eight tasks in several orders, a small transformer first.
 
     Attributes:
-        incoming: weight of the incoming task's equations beside each older task's 1. Less keeps more of the old.
+        incoming: weight of the incoming task's equations beside each older task's 1, in linear layers. Less keeps more
+            of the old.
+        incoming_convolution: the same in convolutions, which stand more.
         previous: extra weight of the previous task's inputs, seen again through the merge under way.
         student: share of the merge's own inputs in the equations; the rest is the teachers' inputs.
         damping: share of the identity in B; 1 leaves the gradients out.
@@ -72,6 +74,7 @@ class Otmf:
     needs_calibration: ClassVar[bool] = True
 
     incoming: float = 0.07
+    incoming_convolution: float = 0.25
     previous: float = 1.0
     student: float = 0.5
     damping: float = 0.1
@@ -229,9 +232,11 @@ class _Fold:
             lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature),
         )
         self.moments[stored] = pack_gram(total, curvature)
+        linear = layer.is_linear(self.state.base.weights[layer.weight])
+        weight = self.method.incoming if linear else self.method.incoming_convolution
         matrix = fit(
             Equations(old_layer, gram, missed, total.div_(count)),
-            Equations(new_layer, new_gram, new_missed, curvature).weigh(self.method.incoming),
+            Equations(new_layer, new_gram, new_missed, curvature).weigh(weight),
             torch.lerp(old_layer, new_layer, 1 / (count + 1)),
             self.method.ridge,
         )

@@ -65,6 +65,24 @@ def test_every_layer_of_its_own_is_found_and_a_shared_one_is_not(mixed):
     assert [layer.groups for layer in walker.layers] == [1, 3, 1, 1, 1]
 
 
+def test_a_convolution_that_cuts_an_image_into_patches_is_a_linear_layer_of_them():
+    class Patches(nn.Module):
+        """[n, 3, 8, 8] → [n, 4]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.near, self.point = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 2), nn.Conv2d(4, 4, 1)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.point(self.near(self.patch(x))).mean((2, 3)))
+
+    model = Patches().eval()
+    walker = network_of(capture(model, (3, 8, 8)))[1]
+    weights = weights_of(model)
+    assert [layer.is_linear(weights[layer.weight]) for layer in walker.layers] == [True, False, False, True]
+
+
 def test_a_matrix_on_rows_is_the_layer_with_its_norm(mixed):
     model, _, walker, _ = mixed
     outputs: dict[str, Tensor] = {}
