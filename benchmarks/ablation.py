@@ -29,7 +29,7 @@ from benchmarks.continual import Clock, Job, summary
 from benchmarks.continual_run import PLAIN, Result, Store, measure
 from benchmarks.report import add_data, finish, now, options, prepare_plots, say
 from benchmarks.rivals.table import CONTINUAL
-from benchmarks.rivals.variants import BiasedPaper, FewInputs, HeadTuning
+from benchmarks.rivals.variants import BiasedPaper, FewInputs, HeadTuning, Steady
 from foldd.fusion.alignment import Mode
 from foldd.fusion.method import FoldMethod
 from foldd.fusion.otmf import Otmf
@@ -39,7 +39,7 @@ from foldd.fusion.state import as_tensor, merged_weights
 Maker = Callable[[Bench], FoldMethod]
 ALPHAS = [step / 10 for step in range(11)]
 INCOMING = [0.03, 0.07, 0.15, 0.3, 0.6, 1.0]
-CONVOLUTIONS = [0.07, 0.25, 0.5, 1.0]
+CONVOLUTIONS, STEADY = [0.3, 1.2], [0.07, 0.25, 1.0]
 DRIFT = [0.0, 0.2, 0.5, 1.0]
 PREVIOUS = [0.0, 0.5, 1.0, 2.0]
 INPUTS = [8, 16, 32, 64]
@@ -96,11 +96,12 @@ PARTS: dict[str, dict[str, Maker]] = {
         **dict(_setting(field, 0.0) for field in ("student", "previous", "drift")),
         **dict([_setting("damping", 1.0)]),
         **dict(_setting("incoming", value) for value in (0.4, 1.0)),
-        "otmf-regmean": _without(
-            student=0.0, previous=0.0, damping=1.0, drift=0.0, incoming=1.0, incoming_convolution=1.0
-        ),
+        "otmf-regmean": lambda _: Steady(student=0.0, previous=0.0, damping=1.0, drift=0.0, incoming=1.0),
     },
-    "convolutions": dict(_setting("incoming_convolution", value) for value in CONVOLUTIONS),
+    "convolutions": {
+        **{f"otmf-steady-{value:g}": (lambda v: lambda _: Steady(incoming=v))(value) for value in STEADY},
+        **dict(_setting("incoming_convolution", value) for value in CONVOLUTIONS),
+    },
     "heads": {"otmf": lambda _: SHIPPED},
     "ridge": dict(_setting("ridge", SHIPPED.ridge * factor) for factor in (0.1, 1.0, 10.0)),
     "incoming": dict(_setting("incoming", value) for value in INCOMING),
@@ -125,8 +126,8 @@ class Share:
 
 QUICK = [Share("vit", "plain", 1, "aligned"), Share("vit", "otmf", 1, "aligned")]
 FULL = [
-    Share("vit", "plain", 3, "aligned"), Share("vit", "otmf", 3, "aligned"), Share("cnn", "plain", 3, "aligned"),
-    Share("cnn", "otmf", 3, "aligned"), Share("cnn", "convolutions", 3, "aligned"),
+    Share("vit", "plain", 3, "aligned"), Share("vit", "otmf", 3, "aligned"), Share("cnn", "plain", 1, "aligned"),
+    Share("cnn", "otmf", 1, "aligned"), Share("cnn", "convolutions", 1, "aligned"),
     Share("vit", "heads", 1), Share("vit", "heads", 1, "tuned"),
     Share("vit", "inputs", 2, "aligned"), Share("vit", "ridge", 1, "aligned"), Share("vit", "incoming", 1, "aligned"),
     Share("vit", "drift", 1, "aligned"), Share("vit", "previous", 1, "aligned"),

@@ -56,7 +56,7 @@ class Otmf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What foldd ships; the names are those of foldd.fusion.otmf.Otmf."""
 
     incoming: Rate = 0.07
-    incoming_convolution: Rate = 0.25
+    incoming_convolution: Rate = 0.6
     previous: Weight = 1.0
     student: Share = 0.5
     damping: Annotated[float, Meta(gt=0, le=1)] = 0.1

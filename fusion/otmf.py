@@ -62,7 +62,8 @@ class Otmf:
     Attributes:
         incoming: weight of the incoming task's equations beside each older task's 1, in linear layers. Less keeps more
             of the old.
-        incoming_convolution: the same in convolutions, which stand more.
+        incoming_convolution: the same in convolutions, divided by the number of older tasks. They stand more, but every
+            fold takes a little from every older task, and by the twelfth that adds up.
         previous: extra weight of the previous task's inputs, seen again through the merge under way.
         student: share of the merge's own inputs in the equations; the rest is the teachers' inputs.
         damping: share of the identity in B; 1 leaves the gradients out.
@@ -74,7 +75,7 @@ class Otmf:
     needs_calibration: ClassVar[bool] = True
 
     incoming: float = 0.07
-    incoming_convolution: float = 0.25
+    incoming_convolution: float = 0.6
     previous: float = 1.0
     student: float = 0.5
     damping: float = 0.1
@@ -83,6 +84,10 @@ class Otmf:
 
     def init(self, base: Base) -> MergeState:
         return empty_state(base)
+
+    def weight(self, count: int, *, linear: bool) -> float:
+        """Of the incoming task's equations for a layer, beside a weight of 1 of each of `count` older tasks."""
+        return self.incoming if linear else self.incoming_convolution / count
 
     def fold(
         self, state: MergeState, checkpoint: Checkpoint, *, seed: int, progress: Progress = silent
@@ -232,8 +237,7 @@ class _Fold:
             lambda: torch.eye(size, dtype=torch.float64).expand_as(curvature),
         )
         self.moments[stored] = pack_gram(total, curvature)
-        linear = layer.is_linear(self.state.base.weights[layer.weight])
-        weight = self.method.incoming if linear else self.method.incoming_convolution
+        weight = self.method.weight(count, linear=layer.is_linear(self.state.base.weights[layer.weight]))
         matrix = fit(
             Equations(old_layer, gram, missed, total.div_(count)),
             Equations(new_layer, new_gram, new_missed, curvature).weigh(weight),

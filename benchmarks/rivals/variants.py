@@ -55,6 +55,14 @@ class BiasedPaper(OtmfPaper):
 
 
 @dataclass(frozen=True)
+class Steady(Otmf):
+    """An incoming task weighs `incoming` in each layer and fold, as if all layers were linear."""
+
+    def weight(self, count: int, *, linear: bool) -> float:
+        return self.incoming
+
+
+@dataclass(frozen=True)
 class FewInputs:
     """`otmf` with only some of each bundle's calibration inputs; fewer are always among more."""
 

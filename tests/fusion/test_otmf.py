@@ -359,6 +359,8 @@ def test_convolutions_have_a_share_of_their_own(cnn: Base, make: Any) -> None:
     assert not torch.equal(merged[0]["last.weight"], merged[1]["last.weight"])
     new = task_vector(cnn, tasks[1])["stem.weight"]
     assert (merged[2]["stem.weight"] - new).norm() < 0.9 * (merged[0]["stem.weight"] - new).norm()
+    assert Otmf().weight(4, linear=False) == Otmf().weight(1, linear=False) / 4
+    assert Otmf().weight(4, linear=True) == Otmf().weight(1, linear=True)
 
 
 def test_how_many_inputs_pass_at_a_time_does_not_matter(mlp: Base, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
