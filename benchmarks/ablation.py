@@ -126,8 +126,8 @@ class Share:
 
 QUICK = [Share("vit", "plain", 1, "aligned"), Share("vit", "otmf", 1, "aligned")]
 FULL = [
-    Share("vit", "plain", 3, "aligned"), Share("vit", "otmf", 3, "aligned"), Share("cnn", "plain", 1, "aligned"),
-    Share("cnn", "otmf", 1, "aligned"), Share("cnn", "convolutions", 1, "aligned"),
+    Share("vit", "plain", 3, "aligned"), Share("vit", "otmf", 3, "aligned"), Share("cnn", "plain", 3, "aligned"),
+    Share("cnn", "otmf", 3, "aligned"), Share("cnn", "convolutions", 3, "aligned"),
     Share("vit", "heads", 1), Share("vit", "heads", 1, "tuned"),
     Share("vit", "inputs", 2, "aligned"), Share("vit", "ridge", 1, "aligned"), Share("vit", "incoming", 1, "aligned"),
     Share("vit", "drift", 1, "aligned"), Share("vit", "previous", 1, "aligned"),
