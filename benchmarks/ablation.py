@@ -72,10 +72,6 @@ def _tuned(inner: FoldMethod) -> Maker:
     return make
 
 
-def _without(**settings: float) -> Maker:
-    return lambda _: replace(Otmf(), **settings)
-
-
 PAPER, MASKS_OFF = OtmfPaper(), OtmfPaper(steps=0)
 SHIPPED = Otmf()
 # Part → its variants. The unchanged method comes first where a part's changes are to it.
