@@ -1,7 +1,7 @@
 """What each part of a fold brings: `make bench-ablation ARGS="--data …"`.
 
 Parts of `otmf-paper` as its authors took them away (α from 0 to 1, masks off, head tuning, biased Sinkhorn), then parts
-of `otmf`: each alone, all together, `incoming` and `drift` along their ranges, fewer calibration inputs. Everything is
+of `otmf`: each alone, all together, its weights and `drift` along their ranges, fewer calibration inputs. Everything is
 folded as in `continual`, on its first eight tasks: the published method under frozen heads, `otmf` under heads that
 follow without labels, as it is shipped. `change` is the accuracy minus that of the unchanged method (`otmf` or
 `otmf-paper`) in the same order, mean and standard deviation over orders: the spread that a part has to exceed.

@@ -23,19 +23,21 @@ SCALE = 0.01  # of a change beside the weights: about what fine-tuning does
 
 
 def make_base(folder: Path) -> None:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    store_base(folder, capture(vit_b32(), INPUT_SHAPE))
+    _store(folder, vit_b32(), INPUT_SHAPE)
 
 
 def make_demo_base(folder: Path) -> None:
     """The demo's network, untrained: what it costs does not depend on what it knows."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = DemoNetwork(BASE_CLASSES)
-    store_base(folder, capture(network, DEMO_SHAPE), head=HEAD)
+    _store(folder, network, DEMO_SHAPE, head=HEAD)
+
+
+def _store(folder: Path, network: torch.nn.Module, input_shape: tuple[int, ...], *, head: str = "") -> None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    store_base(folder, capture(network, input_shape), head=head)
 
 
 def make_bundle(base_folder: Path, path: Path, number: int) -> None:
