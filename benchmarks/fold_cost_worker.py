@@ -22,6 +22,7 @@ from benchmarks.rivals.naive import OtmfNaive
 from foldd.base.network import Base
 from foldd.base.store import open_base
 from foldd.base.walk import Lane
+from foldd.core.base_spec import read_base_spec
 from foldd.core.bundle import open_bundle
 from foldd.core.roles import Role
 from foldd.core.tensorfile import open_tensors
@@ -43,8 +44,8 @@ def main(arguments: list[str]) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     baseline = rss_bytes()
+    return_freed_memory(read_base_spec(folder / "base.json").float_bytes)
     base = open_base(folder)
-    return_freed_memory(base.spec.float_bytes)
     for line in sys.stdin:
         order = json.loads(line)
         if "activations" in order:

@@ -45,15 +45,16 @@ def _main(folder: Path, iterations: int) -> None:
     import torch
 
     from foldd.base.store import open_base
+    from foldd.core.base_spec import read_base_spec
     from foldd.daemon.memory import peak_rss_bytes, reset_peak, return_freed_memory, rss_bytes
     from foldd.daemon.quantizing import folded_weights
     from foldd.quantize.calibrate import choose_ranges, observe_network
     from foldd.quantize.hdrq import as_shipped
 
     baseline = rss_bytes()
-    base = open_base(folder)
-    model_bytes = base.spec.float_bytes
+    model_bytes = read_base_spec(folder / "base.json").float_bytes
     return_freed_memory(model_bytes)
+    base = open_base(folder)
     inputs = torch.randn(INPUTS, *base.spec.input_shape, generator=torch.Generator().manual_seed(0))
     reset_peak()
     started, busy = time.monotonic(), time.process_time()

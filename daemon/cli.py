@@ -18,6 +18,7 @@ from foldd.core.errors import FolddError
 from foldd.core.terminal import CommandParser, tell
 from foldd.daemon.commands import bundles, decide, merge, service, show, transfer
 
+_SPINS = "1000"
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     _log()
+    _spin_less()
     try:
         return tell(lambda: arguments.call(arguments))
     except FolddError as error:
@@ -47,6 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _spin_less() -> None:
+    """Has threads that wait for each other sleep after microseconds; libgomp's default is milliseconds of spinning.
+
+    As fast on an idle machine, and several times as fast where other programs need the cores, onnxruntime for one
+    (docs/operations.md). It is read when torch is loaded, by the worker too; what the operator set stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

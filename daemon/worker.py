@@ -47,6 +47,7 @@ def _serve(layout: Layout, jobs: BinaryIO, answers: BinaryIO) -> int:
     import torch
 
     from foldd.base.store import open_base
+    from foldd.core.base_spec import read_base_spec
     from foldd.daemon.pipeline import fold_job
 
     torch.use_deterministic_algorithms(True)
@@ -58,11 +59,12 @@ def _serve(layout: Layout, jobs: BinaryIO, answers: BinaryIO) -> int:
         answers.write(encode_line(message))
 
     try:
+        # Before the base is opened, or the copy that torch's loader makes would stay as free pieces.
+        return_freed_memory(read_base_spec(layout.base / "base.json").float_bytes)
         base = open_base(layout.base)
     except FolddError as error:
         send(Failed("setup", error.as_dict()))
         return 1
-    return_freed_memory(base.spec.float_bytes)
     send(Hello(baseline))
     for line in jobs:
         job = decode_job(line)

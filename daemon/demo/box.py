@@ -175,8 +175,6 @@ def train(folder: Path) -> None:
     Raises:
         Unavailable: `training-failed`.
     """
-    # A thread that waits must not burn the core that another process needs.
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([sys.executable, "-m", "foldd.daemon.demo.build", str(folder)], env=environment, check=False)
+    done = subprocess.run([sys.executable, "-m", "foldd.daemon.demo.build", str(folder)], check=False)
     if done.returncode:
         raise Unavailable("training-failed", f"Training the demo's tasks ended with status {done.returncode}.")

@@ -237,6 +237,23 @@ def test_killed_worker_is_replaced_and_counts_an_attempt(make_box):
     assert box.process.poll() is None
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [b"GOMP_SPINCOUNT=1000"]),
+        ({"GOMP_SPINCOUNT": "7"}, [b"GOMP_SPINCOUNT=7"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, []),
+    ],
+)
+def test_the_workers_threads_spin_for_moments_unless_the_operator_says_otherwise(make_box, given, expected):
+    box: Box = make_box(fold=LONG)
+    box.start(**given)
+    box.drop(box.bundle("first"))
+    box.wait(lambda: box.arrivals("folding"), "the fold")
+    environment = Path(f"/proc/{box.worker_pid()}/environ").read_bytes().split(b"\0")
+    assert [line for line in environment if line.startswith(b"GOMP_SPINCOUNT")] == expected
+
+
 def test_sigterm_in_the_middle_of_a_fold_costs_nothing(make_box):
     box: Box = make_box(fold=LONG)
     box.start()
