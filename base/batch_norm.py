@@ -30,6 +30,12 @@ class FoldedNorm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: float
     folded_bias: str  # name of the bias afterwards
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All that it reads."""
+        names = (self.weight, self.bias, self.scale, self.shift, self.mean, self.variance)
+        return tuple(name for name in names if name is not None)
+
 
 def find_norms(module: GraphModule) -> list[tuple[FoldedNorm, Node, Node]]:
     """Every (rule, convolution node, BatchNorm node) that can be folded."""

@@ -25,13 +25,12 @@ from foldd.base.walk import Lane
 from foldd.core.base_spec import read_base_spec
 from foldd.core.bundle import open_bundle
 from foldd.core.roles import Role
-from foldd.core.tensorfile import open_tensors
 from foldd.daemon.memory import peak_rss_bytes, reset_peak, return_freed_memory, rss_bytes
 from foldd.daemon.methods import METHODS
-from foldd.daemon.pipeline import save_state, tensor_bytes
+from foldd.daemon.pipeline import read_state, tensor_bytes, write_state
 from foldd.fusion.method import FoldMethod
 from foldd.fusion.otmf import BACKWARD_BATCH, Otmf
-from foldd.fusion.state import empty_state, unpack
+from foldd.fusion.state import empty_state
 
 
 def main(arguments: list[str]) -> int:
@@ -62,14 +61,13 @@ def _fold(method: FoldMethod, base: Base, order: dict[str, Any], baseline: int) 
     checkpoint = open_bundle(Path(order["bundle"]), base.spec)
     state = empty_state(base)
     if order["state"]:
-        file = open_tensors(Path(order["state"]))
-        state = unpack(base, {key: tensor.stored() for key, tensor in file.tensors.items()}, file.metadata)
+        state = read_state(base, Path(order["state"]))
     begun, busy = time.perf_counter(), time.process_time()
     new, report = method.fold(state, checkpoint, seed=1)
     seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     peak = peak_rss_bytes()
     target = Path(order["target"])
-    save_state(new, target)
+    write_state(new, target)
     return {
         "seconds": seconds, "cpu_seconds": busy, "peak_rss_bytes": max(0, peak - baseline),
         "saved_peak_bytes": max(0, peak_rss_bytes() - baseline), "resident_bytes": max(0, resident - baseline),

@@ -58,7 +58,7 @@ def _main(folder: Path, iterations: int) -> None:
     inputs = torch.randn(INPUTS, *base.spec.input_shape, generator=torch.Generator().manual_seed(0))
     reset_peak()
     started, busy = time.monotonic(), time.process_time()
-    weights = folded_weights(base, dict(base.weights))
+    weights = folded_weights(base, base.weights)
     ranges = choose_ranges(base.folded, observe_network(base.folded, weights, inputs), 8)
     as_shipped(8, 8, iterations).quantize(base.folded, weights, None, ranges, inputs, seed=0)
     print(

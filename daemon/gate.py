@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +135,7 @@ class Gate:
 
 
 @torch.no_grad()
-def _torch(state: MergeState, weights: dict[str, Tensor], inputs: np.ndarray) -> dict[str, np.ndarray]:
+def _torch(state: MergeState, weights: Mapping[str, Tensor], inputs: np.ndarray) -> dict[str, np.ndarray]:
     features = torch.cat([state.base.features(weights, piece) for piece in torch.split(as_tensor(inputs), BATCH)])
     logits = {f"logits/{task}": head.logits(features).numpy() for task, head in state.heads.items()}
     return {"features": features.numpy(), **logits}

@@ -23,7 +23,7 @@ def measure_pace(directory: Path) -> float:
     from foldd.quantize.hdrq import as_shipped
 
     base = open_base(directory)
-    weights = folded_weights(base, dict(base.weights))
+    weights = folded_weights(base, base.weights)
     inputs = torch.randn(_INPUTS, *base.spec.input_shape, generator=torch.Generator().manual_seed(0))
     started, share = time.monotonic(), 1.0
 

@@ -31,7 +31,7 @@ from foldd.daemon.jobs import Job, Plan, Progress, Staged
 from foldd.daemon.layout import Layout
 from foldd.daemon.memory import peak_rss_bytes, reset_peak
 from foldd.daemon.methods import make_method
-from foldd.daemon.quantizing import audited, quantize_state
+from foldd.daemon.quantizing import audited, observe_state, quantize_state
 from foldd.daemon.verify import verify_change, verify_values
 from foldd.export.artifact import build_artifact
 from foldd.export.quantized import build_quantized_artifact
@@ -88,6 +88,7 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
     torch.set_num_threads(job.plan.threads)
     target = layout.stage(job.sha256)
     target.mkdir(exist_ok=True)
+    state_file = target / "state.safetensors"
     with stages.stage("verify"):
         checkpoint = _verify(job, base)
         crash_point("verify", root)
@@ -96,11 +97,17 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         crash_point("fold.before", root)
         before = load_state(layout, base, job.state_sha256)
         state, report = _fold(job, before, checkpoint, _halfway(progress, root))
+        held = tensor_bytes()
+        if job.plan.format != "float":
+            state = observe_state(job.plan, before, state)
+        # Everything behind the fold reads the new state from its file, tensor by tensor: the fold is the widest moment.
+        write_state(state, state_file)
+        state = read_state(base, state_file)
         crash_point("fold.after", root)
     quantized: QuantizedModel | None = None
     if job.plan.format != "float":
         with stages.stage("quantize") as progress:
-            state, quantized = quantize_state(job.plan, before, state, seed_of(job.plan, checkpoint), progress)
+            quantized = quantize_state(job.plan, before, state, seed_of(job.plan, checkpoint), progress)
             crash_point("quantize", root)
     with stages.stage("export"):
         artifact = _export(job, layout, state, quantized, target / "model.onnx")
@@ -115,13 +122,13 @@ def fold_job(job: Job, layout: Layout, base: Base, baseline_bytes: int, send: Ca
         warnings += () if quantizing is None else tuple(quantizing["warnings"])
         crash_point("gate", root)
     with stages.stage("stage"):
-        state_sha256 = save_state(state, target / "state.safetensors")
+        state_sha256 = sha256_file(state_file)
     peak = max(0, peak_rss_bytes() - baseline_bytes)
     content: dict[str, Any] = {
         "generation": job.generation, "checkpoint_sha256": job.sha256, "fold": report.as_dict(), "scores": scores,
         "quantize": quantizing,
         "conflicts": conflicts,
-        "seconds": stages.seconds, "peak_rss_bytes": peak, "tensor_bytes": tensor_bytes(),
+        "seconds": stages.seconds, "peak_rss_bytes": peak, "tensor_bytes": held,
     }  # fmt: skip
     write_file(target / "report.json", json.dumps(content, indent=1).encode() + b"\n")
     sync_directory(target)
@@ -232,16 +239,24 @@ def load_state(layout: Layout, base: Base, sha256: str | None) -> MergeState:
             why="a damaged disk, or somebody tidied the state directory.",
             remedy="Restore it from a backup, or start a fresh state directory and drop the checkpoints again.",
         )
+    return read_state(base, path)
+
+
+def read_state(base: Base, path: Path) -> MergeState:
+    """The merge state in a file; its tensors stay there.
+
+    Raises:
+        BadSetup: `broken-state`, `wrong-base`.
+    """
     file = open_tensors(path)
     arrays: dict[str, np.ndarray] = {name: tensor.stored() for name, tensor in file.tensors.items()}
     return unpack(base, arrays, file.metadata)
 
 
-def save_state(state: MergeState, path: Path) -> str:
-    """Writes the merge state durably and returns its SHA-256."""
+def write_state(state: MergeState, path: Path) -> None:
+    """Writes the merge state durably."""
     tensors, metadata = pack(state)
     build_file(path, lambda temporary: write_tensors(temporary, tensors, metadata))
-    return sha256_file(path)
 
 
 def tensor_bytes() -> int:

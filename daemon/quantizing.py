@@ -1,8 +1,11 @@
-"""From a merged state to its quantized network, as a plan says: which bits, how much effort, on which inputs."""
+"""From a merged state to its quantized network, as a plan says: which bits, how much effort, on which inputs.
+
+Weights come out of their files tensor by tensor, so that quantizing holds the integers and little else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foldd.base.batch_norm import fold_norms
+from foldd.base.lazy import Lazy
 from foldd.base.network import Base
 from foldd.core.quantized import QuantizedModel
 from foldd.daemon.jobs import Plan
@@ -23,29 +27,40 @@ from foldd.quantize.hdrq import Hdrq, as_published, as_shipped
 FORMATS: dict[str, tuple[int, int | None]] = {"w8a8": (8, 8), "w4a8": (4, 8), "w8": (8, None), "w4": (4, None)}
 
 
-def quantize_state(
-    plan: Plan, before: MergeState, state: MergeState, seed: int, progress: Callable[[float], None]
-) -> tuple[MergeState, QuantizedModel]:
-    """Quantizes the merged network; returns the state with what it saw of activations, and the network.
+def observe_state(plan: Plan, before: MergeState, state: MergeState) -> MergeState:
+    """The state with what its network's activations look like, where the format asks for their ranges.
 
-    Calibration inputs are the fold's own: the previous task's and the incoming one's. Ranges are those of all tasks
-    that were folded in a format with quantized activations: their histograms add up in the state.
+    Histograms of all tasks that were folded so add up in the state.
 
     Args:
         before, state: before and after the fold.
     """
+    if FORMATS[plan.format][1] is None:
+        return state
+    # The previous task's inputs were looked at in its own fold, unless activations were not quantized then.
+    fresh = state.calibration if before.histograms else calibration_inputs(before, state)
+    if fresh is None:
+        return state
+    weights = folded_weights(state.base, merged_weights(state))
+    seen = observe_network(state.base.folded, weights, fresh)
+    return replace(state, histograms=add_histograms(before.histograms, seen))
+
+
+def quantize_state(
+    plan: Plan, before: MergeState, state: MergeState, seed: int, progress: Callable[[float], None]
+) -> QuantizedModel:
+    """Quantizes the merged network, with the ranges that `observe_state` left.
+
+    Calibration inputs are the fold's own: the previous task's and the incoming one's.
+
+    Args:
+        before, state: before the fold and after it, observed.
+    """
     base, network = state.base, state.base.folded
-    weights = folded_weights(base, merged_weights(state))
-    inputs = calibration_inputs(before, state)
     weight_bits, activation_bits = FORMATS[plan.format]
     warnings: list[str] = []
     ranges = {}
     if activation_bits is not None:
-        # The previous task's inputs were looked at in its own fold, unless activations were not quantized then.
-        fresh = state.calibration if before.histograms else inputs
-        if fresh is not None:
-            seen = observe_network(network, weights, fresh)
-            state = replace(state, histograms=add_histograms(before.histograms, seen))
         ranges = choose_ranges(network, state.histograms, activation_bits)
         if not ranges:
             activation_bits = None
@@ -53,11 +68,13 @@ def quantize_state(
                 "Only the weights are quantized: no task so far brought calibration inputs to learn ranges from."
             )
     how = make_quantizer(plan, weight_bits, activation_bits)
-    theta = folded_weights(base, dict(base.weights)) if how.pull else None
+    weights = folded_weights(base, merged_weights(state))
+    theta = folded_weights(base, base.weights) if how.pull else None
+    inputs = calibration_inputs(before, state)
     model = how.quantize(network, weights, theta, ranges, inputs, seed=seed, progress=progress)
     count = 0 if inputs is None else len(inputs)
     report = {**model.report, "quantizer": plan.quantizer, "calibration_inputs": count, "warnings": warnings}
-    return state, replace(model, report=report)
+    return replace(model, report=report)
 
 
 def audited(model: QuantizedModel, artifact: Path) -> dict[str, Any]:
@@ -80,10 +97,19 @@ def make_quantizer(plan: Plan, weight_bits: int, activation_bits: int | None) ->
     return how
 
 
-def folded_weights(base: Base, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the BatchNorms folded: the skeleton's names → float32."""
-    arrays = fold_norms({name: tensor.numpy() for name, tensor in weights.items()}, base.folded.rules)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def folded_weights(base: Base, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights with the BatchNorms folded, as `fold_norms` does it: the skeleton's names → float32, each made anew with
+    each access."""
+    rules = base.folded.rules
+    of = {name: rule for rule in rules for name in (rule.weight, rule.folded_bias)}
+    gone = {name for rule in rules for name in rule.tensors} - {rule.weight for rule in rules}
+
+    def make(name: str) -> Tensor:
+        if (rule := of.get(name)) is None:
+            return weights[name]
+        return torch.from_numpy(fold_norms({part: weights[part].numpy() for part in rule.tensors}, (rule,))[name])
+
+    return Lazy([*(name for name in weights if name not in gone), *(rule.folded_bias for rule in rules)], make)
 
 
 def calibration_inputs(before: MergeState, state: MergeState) -> Tensor | None:

@@ -72,9 +72,9 @@ def empty_state(base: Base) -> MergeState:
     return MergeState(base, Lazy(base.weights, lambda name: torch.zeros_like(base.weights[name])))
 
 
-def merged_weights(state: MergeState) -> dict[str, Tensor]:
-    """θ⁰ + merged task vector, fresh float32 tensors, statistics included."""
-    return {name: weight + state.merged[name] for name, weight in state.base.weights.items()}
+def merged_weights(state: MergeState) -> Mapping[str, Tensor]:
+    """θ⁰ + merged task vector, statistics included: float32, added up anew with each access."""
+    return Lazy(state.base.weights, lambda name: state.base.weights[name] + state.merged[name])
 
 
 def pack(state: MergeState) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foldd.base.folded import FoldedNetwork
-from foldd.base.lazy import over
+from foldd.base.lazy import Lazy, over
 from foldd.core.quantized import QuantizedModel
 from foldd.quantize.hdrq import PIECE
 from foldd.quantize.places import find_places
@@ -17,8 +17,8 @@ from foldd.quantize.reconstruct import Ranges, Stretch
 def simulated_features(network: FoldedNetwork, model: QuantizedModel, inputs: Tensor) -> Tensor:
     """Inputs [n, …] → features [n, width] of the quantized network."""
     weights = over(
-        {name: torch.from_numpy(weight.values()) for name, weight in model.weights.items()},
-        {name: torch.from_numpy(array) for name, array in model.floats.items()},
+        Lazy(model.weights, lambda name: torch.from_numpy(model.weights[name].values())),
+        Lazy(model.floats, lambda name: torch.from_numpy(model.floats[name])),
     )
     stretch = Stretch(network, network.entry, network.body, Ranges(find_places(network), model.activations))
     return torch.cat([stretch.run(piece, weights) for piece in torch.split(inputs, PIECE)])

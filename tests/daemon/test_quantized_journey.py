@@ -14,6 +14,8 @@ from crashes import crash_points_taken
 from simulator import Box
 from test_journey import rewritten
 
+from foldd.base.batch_norm import fold_norms
+from foldd.base.lazy import Lazy
 from foldd.base.store import open_base
 from foldd.core.bundle import open_bundle
 from foldd.core.digests import sha256_file
@@ -22,9 +24,10 @@ from foldd.core.tensorfile import open_tensors
 from foldd.daemon.crashpoints import VARIABLE
 from foldd.daemon.jobs import Job, Plan
 from foldd.daemon.layout import Layout
-from foldd.daemon.pipeline import fold_job
+from foldd.daemon.pipeline import fold_job, read_state
 from foldd.daemon.plan import PACE
-from foldd.fusion.state import merged_weights, unpack
+from foldd.daemon.quantizing import folded_weights, quantize_state
+from foldd.fusion.state import merged_weights
 from foldd.quantize.calibrate import observe_network
 from foldd.quantize.places import find_places
 from foldd.runtime.slot import Slot
@@ -45,8 +48,7 @@ def report(box: Box):
 
 
 def state_of(layout: Layout, sha256: str):
-    file = open_tensors(layout.blob(sha256))
-    return unpack(open_base(layout.base), {n: t.stored() for n, t in file.tensors.items()}, file.metadata)
+    return read_state(open_base(layout.base), layout.blob(sha256))
 
 
 def undecided(box: Box, task: str, **options) -> Path:
@@ -200,6 +202,31 @@ def test_histograms_cover_every_task_and_do_not_grow(make_folder):
     assert float(folder.histograms[first][0]) == loud.min()
 
 
+def test_behind_the_fold_the_new_state_lies_in_its_file(make_folder, monkeypatch):
+    """Or quantizing, the export and the gate would come on top of all that a fold makes."""
+    seen = []
+
+    def quantize(plan, before, state, *rest):
+        seen.append((type(state.merged), type(state.statistics), set(state.histograms)))
+        return quantize_state(plan, before, state, *rest)
+
+    monkeypatch.setattr("foldd.daemon.pipeline.quantize_state", quantize)
+    folder = make_folder("residual")
+    folder.fold(folder.box.bundle("alpha"))
+    assert seen == [(Lazy, Lazy, set(folder.histograms))]
+    assert seen[0][2]
+
+
+@pytest.mark.parametrize("base", ["residual", "attention"])
+def test_weights_folded_one_by_one_are_those_folded_at_once(make_folder, base):
+    network = make_folder(base).base
+    one_by_one = folded_weights(network, network.weights)
+    at_once = fold_norms({name: tensor.numpy() for name, tensor in network.weights.items()}, network.folded.rules)
+    assert list(one_by_one) == list(at_once)
+    for name, expected in at_once.items():
+        np.testing.assert_array_equal(one_by_one[name].numpy(), expected, err_msg=name)
+
+
 def with_inputs(source: Path, target: Path, factor: float) -> Path:
     def louder(tensors, _):
         tensors["calibration/inputs"] = tensors["calibration/inputs"] * np.float32(factor)
@@ -208,8 +235,6 @@ def with_inputs(source: Path, target: Path, factor: float) -> Path:
 
 
 def folded(folder: Folder):
-    from foldd.daemon.quantizing import folded_weights
-
     return folded_weights(folder.base, merged_weights(state_of(folder.layout, folder.state)))
 
 
