@@ -18,6 +18,8 @@ from foldd.export.parity import BATCH, agreement, check_parity, run_artifact, si
 from foldd.fusion.state import MergeState, as_tensor, merged_weights
 from foldd.quantize.simulate import simulated_features
 
+Outputs = dict[str, np.ndarray]  # of a network, by name
+
 _PROBE_SAMPLES = 8
 _LEAST_SIGNAL = 20.0  # dB: integer kernels round a code here and there otherwise, which measured 33 dB and more
 
@@ -59,6 +61,7 @@ class Gate:
         outputs = ["features", *(f"logits/{task}" for task in after.heads)]
         scores: dict[str, float] = {}
         weights = merged_weights(after)
+        answered: list[tuple[str, np.ndarray, Outputs]] = []
         for inputs, task in self._probes(before, checkpoint):
             actual = run_artifact(model, inputs, outputs, threads=self.threads)
             expected = _torch(after, weights, inputs)
@@ -70,11 +73,14 @@ class Gate:
                 if task is not None:
                     alike = self._agreement(task, actual[f"logits/{task}"], expected[f"logits/{task}"])
                     scores["agreement"] = min(scores.get("agreement", alike), alike)
+            if task is not None:
+                answered.append((task, inputs, actual))
             if inputs is checkpoint.inputs and checkpoint.labels is not None:
                 decided = actual[f"logits/{checkpoint.task}"].argmax(1)
                 scores[f"accuracy/{checkpoint.task}"] = float((decided == checkpoint.labels).mean())
         if previous is not None and previous.exists():
-            scores |= self._retained(model, previous, before, checkpoint)
+            older = [task for task in before.heads if task != checkpoint.task]  # come again, it has another head
+            scores |= self._retained(previous, older, answered)
         return scores
 
     def _signal_to_noise(
@@ -118,24 +124,30 @@ class Gate:
             probes.append((generator.standard_normal(shape, dtype=np.float32), None))
         return probes
 
-    def _retained(self, model: Path, previous: Path, before: MergeState, checkpoint: Checkpoint) -> dict[str, float]:
-        # A task that came again has a new head, perhaps with other classes: nothing to agree with.
-        tasks = [task for task in before.heads if task != checkpoint.task]
-        own = None if before.calibration is None else before.calibration.numpy()
-        foreign = [inputs for inputs in (own, checkpoint.inputs) if inputs is not None]
-        if not tasks or not foreign:
+    def _retained(
+        self, previous: Path, tasks: list[str], answered: list[tuple[str, np.ndarray, Outputs]]
+    ) -> dict[str, float]:
+        """Share of decisions that stayed, by task.
+
+        Args:
+            answered: whose inputs, the inputs, and what the new artifact gives for them.
+        """
+        if not tasks or not answered:
             return {}
-        outputs, inputs = [f"logits/{task}" for task in tasks], np.concatenate(foreign)
-        new, old = (run_artifact(path, inputs, outputs, threads=self.threads) for path in (model, previous))
+        owners, inputs, new = zip(*answered, strict=True)
+        whose = np.repeat(owners, [len(own) for own in inputs])
+        old = run_artifact(previous, np.concatenate(inputs), [f"logits/{task}" for task in tasks], threads=self.threads)
         kept = {}
-        for task, output in zip(tasks, outputs, strict=True):
-            part = slice(len(own)) if own is not None and task == before.previous else slice(None)
-            kept[f"{RETAINED}{task}"] = agreement(new[output][part], old[output][part])
+        for task in tasks:
+            own = whose == task
+            asked = own if own.any() else slice(None)
+            decided = np.concatenate([outputs[f"logits/{task}"] for outputs in new])
+            kept[f"{RETAINED}{task}"] = agreement(decided[asked], old[f"logits/{task}"][asked])
         return kept
 
 
 @torch.no_grad()
-def _torch(state: MergeState, weights: Mapping[str, Tensor], inputs: np.ndarray) -> dict[str, np.ndarray]:
+def _torch(state: MergeState, weights: Mapping[str, Tensor], inputs: np.ndarray) -> Outputs:
     features = torch.cat([state.base.features(weights, piece) for piece in torch.split(as_tensor(inputs), BATCH)])
     logits = {f"logits/{task}": head.logits(features).numpy() for task, head in state.heads.items()}
     return {"features": features.numpy(), **logits}

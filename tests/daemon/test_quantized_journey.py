@@ -27,6 +27,7 @@ from foldd.daemon.layout import Layout
 from foldd.daemon.pipeline import fold_job, read_state
 from foldd.daemon.plan import PACE
 from foldd.daemon.quantizing import folded_weights, quantize_state
+from foldd.export.parity import run_artifact
 from foldd.fusion.state import merged_weights
 from foldd.quantize.calibrate import observe_network
 from foldd.quantize.places import find_places
@@ -225,6 +226,23 @@ def test_weights_folded_one_by_one_are_those_folded_at_once(make_folder, base):
     assert list(one_by_one) == list(at_once)
     for name, expected in at_once.items():
         np.testing.assert_array_equal(one_by_one[name].numpy(), expected, err_msg=name)
+
+
+def test_the_previous_task_is_asked_on_its_own_inputs_and_older_ones_on_all_at_hand(make_folder):
+    folder = make_folder("residual")
+    bundles = [undecided(folder.box, t, seed=n, calibration=32, scale=0.5) for n, t in enumerate("abc")]
+    for bundle in bundles:
+        scores = folder.fold(bundle, "float")["scores"]
+    _, own, new = (open_bundle(bundle, folder.base.spec).inputs for bundle in bundles)
+
+    def share(task, x):
+        artifacts = (folder.layout.generation(number) / "model.onnx" for number in (2, 3))
+        before, after = (run_artifact(artifact, x, [f"logits/{task}"])[f"logits/{task}"] for artifact in artifacts)
+        return (before.argmax(1) == after.argmax(1)).mean()
+
+    assert scores["retained/b"] == share("b", own)
+    assert scores["retained/a"] == share("a", np.concatenate([own, new]))
+    assert share("b", own) != share("b", np.concatenate([own, new])), "else this tells nothing"
 
 
 def with_inputs(source: Path, target: Path, factor: float) -> Path:
