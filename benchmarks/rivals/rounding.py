@@ -83,20 +83,26 @@ def quantizers(weight_bits: int, activation_bits: int | None, iterations: int) -
 
     `shipped` is what foldd's artifacts are made by, `hdrq` HDRQ with a step for each channel and rates in steps, as
     the rivals beside it, `hdrq-paper` with the paper's settings, `qdrop-tensor` its rival; all others are rivals.
+    `adaround+…` are on the way from AdaRound to QDrop, with one thing of the three, and `hdrq-layers` is HDRQ learned
+    as AdaRound is.
     """
     bits = (weight_bits, activation_bits)
     descent = Descent(iterations)
     # Few iterations need a larger rate; this one was the best of 0.003, 0.01, 0.03, 0.1 on validation images.
     flip_rate = 1e-3 if iterations > 5000 else 0.03
+    plain = replace(descent, drop=0.0, range_rate=0.0)
+    adaround = QDrop(*bits, descent=plain, layer_by_layer=True, flip_rate=flip_rate)
     return {
         "minmax": MinMax(*bits, descent=None),
         "mse": Hdrq(*bits, descent=None),
-        "adaround": QDrop(
-            *bits, descent=replace(descent, drop=0.0, range_rate=0.0), layer_by_layer=True, flip_rate=flip_rate
-        ),
+        "adaround": adaround,
+        "adaround+blocks": replace(adaround, layer_by_layer=False),
+        "adaround+ranges": replace(adaround, descent=replace(descent, drop=0.0)),
+        "adaround+drop": replace(adaround, descent=replace(descent, range_rate=0.0)),
         "qdrop": QDrop(*bits, descent=descent, flip_rate=flip_rate),
         "qdrop-tensor": QDrop(*bits, descent=descent, flip_rate=flip_rate, per_channel=False),
         "hdrq": Hdrq(*bits, descent=descent),
+        "hdrq-layers": Hdrq(*bits, descent=plain, layer_by_layer=True),
         "hdrq-paper": as_published(*bits, iterations),
         "shipped": Hdrq(*bits, descent=descent, noise=False, pull=0.0),
     }
