@@ -122,7 +122,7 @@ class _Run:
                 state, _ = self.alignment.after_fold(state, checkpoint, after, report)
             del checkpoint, after
             self.heads |= state.heads
-            self._score_fold(number, merged_weights(state))
+            self._score_fold(number, dict(merged_weights(state)))
             progress((number + 1) / len(self.tasks))
 
     def _score_fold(self, number: int, weights: dict[str, Any]) -> None:

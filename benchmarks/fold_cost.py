@@ -32,10 +32,10 @@ from benchmarks.bench_data import Bench, task_list
 from benchmarks.fold_cost_data import make_base, make_bundle
 from benchmarks.opcm_cost import opcm_rows
 from benchmarks.report import finish, now, options, say
-from foldd.base.network import Base
 from foldd.core.tensorfile import open_tensors
 from foldd.daemon.methods import METHODS
-from foldd.fusion.state import MergeState, merged_weights, unpack
+from foldd.daemon.pipeline import read_state
+from foldd.fusion.state import MergeState, merged_weights
 
 STEPS = 100
 DESCENDING = ("otmf-paper", "otmf-naive")
@@ -170,19 +170,14 @@ def _bench_rows(name: str, folder: Path, arguments: argparse.Namespace) -> list[
     rows = []
     for worker in workers:
         assert worker.state is not None
-        rows.append(worker.row(name, size, bundles[1], _accuracy(bench, _read(bench.base, worker.state))))
+        rows.append(worker.row(name, size, bundles[1], _accuracy(bench, read_state(bench.base, worker.state))))
     return rows
 
 
 def _accuracy(bench: Bench, state: MergeState) -> float:
-    weights = merged_weights(state)
+    weights = dict(merged_weights(state))
     hits = [bench.hits(bench.features(weights, task), head, task).mean() for task, head in state.heads.items()]
     return float(statistics.fmean(hits))
-
-
-def _read(base: Base, path: Path) -> MergeState:
-    file = open_tensors(path)
-    return unpack(base, {name: tensor.stored() for name, tensor in file.tensors.items()}, file.metadata)
 
 
 def _say(worker: Worker, answer: Answer, number: int) -> None:

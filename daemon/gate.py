@@ -148,6 +148,7 @@ class Gate:
 
 @torch.no_grad()
 def _torch(state: MergeState, weights: Mapping[str, Tensor], inputs: np.ndarray) -> Outputs:
-    features = torch.cat([state.base.features(weights, piece) for piece in torch.split(as_tensor(inputs), BATCH)])
+    held = dict(weights)  # each access adds them up anew
+    features = torch.cat([state.base.features(held, piece) for piece in torch.split(as_tensor(inputs), BATCH)])
     logits = {f"logits/{task}": head.logits(features).numpy() for task, head in state.heads.items()}
     return {"features": features.numpy(), **logits}

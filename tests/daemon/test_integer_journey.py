@@ -19,10 +19,10 @@ from foldd.core.rounding import is_worth_codes, to_integers
 from foldd.core.tensorfile import open_tensors
 from foldd.daemon.jobs import Job, Plan
 from foldd.daemon.layout import Layout
-from foldd.daemon.pipeline import fold_job
+from foldd.daemon.pipeline import fold_job, read_state
 from foldd.fusion.average import Average
 from foldd.fusion.otmf import Otmf
-from foldd.fusion.state import as_tensor, merged_weights, unpack
+from foldd.fusion.state import as_tensor, merged_weights
 
 PLAN = {
     "options": {}, "data_free_method": "average", "data_free_options": {}, "threads": 1, "parity": 1e-4,
@@ -64,8 +64,7 @@ def fold(layout: Layout, bundle: Path, *, parent: str | None = None, state="quan
 
 
 def state_of(layout: Layout, sha256: str):
-    file = open_tensors(layout.blob(sha256))
-    return unpack(open_base(layout.base), {n: t.stored() for n, t in file.tensors.items()}, file.metadata)
+    return read_state(open_base(layout.base), layout.blob(sha256))
 
 
 def kinds(layout: Layout, sha256: str) -> set[str]:
